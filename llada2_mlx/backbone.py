@@ -1,0 +1,106 @@
+"""A backbone that can be used from any thread: one checkpoint, its tokenizer, and a thread of its own for MLX.
+
+MLX streams belong to threads: an array that is not yet evaluated can be evaluated only where it was made.
+So everything that touches an array, loading included, runs on one worker thread, step by step; the caller
+waits for each step and gets its progress in his own thread, where he may raise to end the work.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from math import prod
+from typing import Any, TypeVar
+
+from .checkpoint import Checkpoint, Part
+from .errors import RequestError
+from .progress import OnStep, Progress, ignore
+from .tokens import Tokens
+
+T = TypeVar("T")
+Steps = Generator[Progress, None, T]
+
+
+class Backbone:
+    """A handle on the language model of a checkpoint. Its weights are read on first use, or by ``load``.
+
+    Args:
+        checkpoint: the model folder.
+        precision: "bf16", "float32", or "auto" for what the checkpoint stores.
+
+    Raises:
+        CheckpointError: config, tokenizer or weight files are missing or do not fit each other. The check reads
+            headers only.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, precision: str = "auto"):
+        from .weights import PRECISIONS, check_backbone, compute_type
+
+        if precision not in ("auto", *PRECISIONS):
+            raise RequestError(f"The precision is {precision!r}; it has to be one of auto, {', '.join(PRECISIONS)}.")
+        self.checkpoint, self.precision = checkpoint.require(Part.BACKBONE), precision
+        self.config = checkpoint.config
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx")
+        self._model = None
+        self._loading = threading.Lock()
+        tensors = checkpoint.backbone_tensors()
+        self._thread.submit(check_backbone, self.config, tensors, checkpoint).result()
+        self.dtype = compute_type(precision, tensors)
+        self.size = sum(prod(info.shape) for info in tensors.values()) * self.dtype.size
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The text tokenizer."""
+        return Tokens(self.checkpoint)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory. ``size`` is how many bytes they take then."""
+        return self._model is not None
+
+    def load(self, on_step: OnStep = ignore) -> None:
+        """Read the weights, unless they are there.
+
+        Raises:
+            CheckpointError: a tensor holds values that are not finite, or a file is damaged.
+        """
+        from .weights import load_backbone
+
+        with self._loading:
+            if self._model is None:
+                self._model = self._drive(load_backbone(self.checkpoint, self.precision), on_step)
+
+    def unload(self) -> None:
+        """Let the weights go. They are read again on the next use."""
+        import mlx.core as mx
+
+        self._model = None
+        self._thread.submit(mx.clear_cache).result()
+
+    def run(self, job: Callable[..., Steps[T]], *args: Any, on_step: OnStep = ignore, **options: Any) -> T:
+        """``job(network, *args, **options)``, step by step, with the weights loaded.
+
+        Args:
+            job: makes a generator of ``Progress`` whose return value is the result.
+            on_step: called after each step in this thread; what it raises ends the job before the next one.
+        """
+        self.load(on_step)
+        return self._drive(job(self._model, *args, **options), on_step)
+
+    def _drive(self, steps: Steps[T], on_step: OnStep) -> T:
+        def advance() -> tuple[Progress | None, T | None]:
+            try:
+                return next(steps), None
+            except StopIteration as stop:
+                return None, stop.value
+
+        try:
+            while True:
+                progress, result = self._thread.submit(advance).result()
+                if progress is None:
+                    return result
+                on_step(progress)
+        finally:
+            self._thread.submit(steps.close).result()

@@ -1,0 +1,218 @@
+"""Where a model's parts are: the layout of a checkpoint folder, its names, and how to get one.
+
+Nothing here reads a weight; headers of safetensors files are read to say early what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from .config import BackboneConfig
+from .errors import CheckpointError
+
+HUB_MODEL = "inclusionAI/LLaDA2.0-Uni"
+BUILT_IN = Path(__file__).parent / "builtin"
+
+# The side of a square picture, in pixels, that a checkpoint draws when it does not state its own.
+DEFAULT_IMAGE_SIZE = 1024
+
+
+class Part(Enum):
+    """A part of a checkpoint that is loaded on its own; the value is what a person calls it."""
+
+    BACKBONE = "backbone"
+    IMAGE_TOKENIZER = "image tokenizer"
+    DECODER = "decoder"
+    DECODER_TURBO = "turbo decoder"
+    VAE = "VAE"
+
+
+# Each part's files, as globs from the checkpoint folder: the same list checks a folder and limits a download.
+FILES = {
+    Part.BACKBONE: ("config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors"),
+    Part.IMAGE_TOKENIZER: ("image_tokenizer/config.json", "image_tokenizer/preprocessor_config.json", "image_tokenizer/*.safetensors"),
+    Part.DECODER: ("decoder/config.json", "decoder/*.safetensors", "image_tokenizer/sigvq_embedding.pt"),
+    Part.DECODER_TURBO: ("decoder-turbo/config.json", "decoder-turbo/*.safetensors", "image_tokenizer/sigvq_embedding.pt"),
+    Part.VAE: ("vae/config.json", "vae/*.safetensors"),
+}
+_INDEX = "model.safetensors.index.json"
+
+
+class TensorInfo(NamedTuple):
+    """A tensor that a safetensors header names."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it: "BF16", "F32", ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the layout of inclusionAI/LLaDA2.0-Uni; every loader is handed one of these."""
+
+    root: Path
+
+    def missing(self, part: Part) -> list[str]:
+        """The files of ``part`` that this folder lacks, as globs relative to it; empty if it is complete."""
+        return [pattern for pattern in FILES[part] if not any(self.root.glob(pattern))]
+
+    def require(self, *parts: Part) -> Checkpoint:
+        """This checkpoint, if it is a folder that has all of ``parts``.
+
+        Raises:
+            CheckpointError: there is no such folder, or a part is not in it.
+        """
+        if not self.root.is_dir():
+            raise CheckpointError(f"There is no model folder {self.root}.")
+        for part in parts:
+            if missing := self.missing(part):
+                raise CheckpointError(
+                    f"The model folder {self.root} has no {part.value}: {', '.join(missing)} is not there. "
+                    f"A folder in the layout of {HUB_MODEL} is needed; download what is missing or choose another model."
+                )
+        return self
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The JSON object in the file ``name``."""
+        path = self.root / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is not valid JSON ({error}); download it again.") from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} holds no JSON object; download it again.")
+        return content
+
+    @cached_property
+    def config(self) -> BackboneConfig:
+        """The backbone's config."""
+        try:
+            return BackboneConfig.from_dict(self.json("config.json"))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.root}: {error}") from None
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square picture that this model was made to draw.
+
+        A checkpoint states it as ``image_size`` in its ``config.json``; the published one states nothing.
+        """
+        return int(self.json("config.json").get("image_size") or DEFAULT_IMAGE_SIZE)
+
+    def backbone_tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of the backbone, from the headers of the files that the index names (or of the one file)."""
+        if not (self.root / _INDEX).exists():
+            files = sorted(self.root.glob("model*.safetensors"))
+            if len(files) > 1:
+                raise CheckpointError(f"{self.root} has {len(files)} weight files but no {_INDEX}; download it.")
+            return safetensors_header(files[0])
+        weight_map = self.json(_INDEX).get("weight_map") or {}
+        files = sorted({self.root / name for name in weight_map.values()})
+        if absent := [path.name for path in files if not path.exists()]:
+            raise CheckpointError(f"{self.root} lacks {_some(absent)}, which {_INDEX} names; finish the download.")
+        tensors = {name: info for path in files for name, info in safetensors_header(path).items()}
+        if absent := [f"{name} (in {file})" for name, file in weight_map.items() if name not in tensors]:
+            raise CheckpointError(f"{self.root}: {_INDEX} names tensors that are not in their files: {_some(absent)}.")
+        return tensors
+
+    def only_safetensors(self, folder: str) -> Path:
+        """The single safetensors file of a sub-folder; releases name it differently."""
+        files = sorted((self.root / folder).glob("*.safetensors"))
+        if len(files) != 1:
+            raise CheckpointError(f"{self.root / folder} has {len(files)} safetensors files; exactly one is expected.")
+        return files[0]
+
+
+def safetensors_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and types of the tensors in a safetensors file, without reading them.
+
+    Raises:
+        CheckpointError: the file is truncated or is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {name: TensorInfo(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: it is truncated or damaged ({error}). Download it again.") from None
+
+
+def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, ...]], where: Path) -> None:
+    """Compare the tensors of a checkpoint with what a network needs.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of another shape; some are named, with their file.
+    """
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        problems.append(f"missing: {_some(missing)}")
+    if unexpected := [f"{name} in {info.file.name}" for name, info in found.items() if name not in expected]:
+        problems.append(f"unexpected: {_some(unexpected)}")
+    if wrong := [
+        f"{name} in {found[name].file.name} is {list(found[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != tuple(shape)
+    ]:
+        problems.append(f"of another shape than the config says: {_some(wrong)}")
+    if problems:
+        raise CheckpointError(f"The tensors in {where} do not fit its config; {'; '.join(problems)}.")
+
+
+def resolve(model: str | Path, *parts: Part) -> Checkpoint:
+    """The checkpoint that a person means by ``model``: a folder, or the id of a hub model to download.
+
+    Only the files of ``parts`` are downloaded, into the hub's own cache.
+
+    Raises:
+        CheckpointError: there is neither such a folder nor such a model, or a part is missing in it.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return Checkpoint(folder).require(*parts)
+    if not _is_hub_id(str(model)):
+        raise CheckpointError(f"There is no model folder {folder}. Give a folder, or a hub id such as {HUB_MODEL}.")
+    return Checkpoint(_download(str(model), parts)).require(*parts)
+
+
+def _is_hub_id(model: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return model.count("/") == 1
+
+
+def _download(repo: str, parts: tuple[Part, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = {pattern for part in parts for pattern in FILES[part]}
+    if Part.BACKBONE in parts:
+        patterns.add(_INDEX)
+    try:
+        return Path(snapshot_download(repo, allow_patterns=sorted(patterns)))
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"The hub has no model {repo!r}, or it is private and you are not logged in.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{repo} is not on this machine and could not be downloaded ({reason}). "
+            "Check the network and try again: what has arrived is kept."
+        ) from error
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    """The first few of ``names``, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,99 @@
+"""The backbone's architecture, as its ``config.json`` states it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Sizes and constants of the LLaDA2 mixture-of-experts backbone.
+
+    Field names are those of the published ``config.json``; nothing has a default that a checkpoint
+    could silently depend on.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    partial_rotary_factor: float
+    max_position_embeddings: int
+    num_experts: int
+    num_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    routed_scaling_factor: float
+    moe_intermediate_size: int
+    first_k_dense_replace: int
+    image_token_offset: int
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many leading dimensions of each head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def codebook_size(self) -> int:
+        """How many image codes the vocabulary ends with: code ``k`` is id ``image_token_offset + k``."""
+        return self.vocab_size - self.image_token_offset
+
+    @classmethod
+    def from_dict(cls, published: dict[str, Any]) -> BackboneConfig:
+        """Read the fields from a published config.
+
+        Raises:
+            CheckpointError: the config is of another architecture, lacks a field, or states something
+                that this network does not compute.
+        """
+        kind = published.get("model_type")
+        if kind != "llada2_moe":
+            raise CheckpointError(f"config.json is of a {kind!r} model; a LLaDA2.0-Uni backbone has model_type 'llada2_moe'.")
+        values = {**(published.get("rope_parameters") or {}), **published}
+        missing = [f.name for f in fields(cls) if values.get(f.name) is None]
+        if missing:
+            raise CheckpointError(f"config.json lacks {', '.join(missing)}.")
+        unsupported = {
+            "hidden_act": "silu",
+            "use_bias": False,
+            "use_qkv_bias": False,
+            "use_qk_norm": True,
+            "rope_type": "default",
+            "rope_scaling": None,
+            "tie_word_embeddings": False,
+            "sliding_window": None,
+        }
+        for name, supported in unsupported.items():
+            if values.get(name, supported) != supported:
+                raise CheckpointError(f"config.json has {name} = {values[name]!r}; only {supported!r} is supported.")
+        config = cls(**{f.name: _number(f.name, values[f.name], f.type) for f in fields(cls)})
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        divisible = {
+            "num_attention_heads": (self.num_attention_heads, self.num_key_value_heads),
+            "num_experts": (self.num_experts, self.n_group),
+        }
+        for name, (whole, part) in divisible.items():
+            if part < 1 or whole % part:
+                raise CheckpointError(f"config.json has {name} = {whole}, which {part} does not divide.")
+        if not 0 < self.image_token_offset < self.vocab_size:
+            raise CheckpointError(
+                f"config.json has image_token_offset = {self.image_token_offset}, outside the vocabulary of {self.vocab_size}."
+            )
+
+
+def _number(name: str, value: Any, kind: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind == "int" and value != int(value)):
+        raise CheckpointError(f"config.json has {name} = {value!r}; a number is needed.")
+    return int(value) if kind == "int" else float(value)

@@ -1,0 +1,1 @@
+"""The PyTorch half: pictures to codes, and codes to pictures."""

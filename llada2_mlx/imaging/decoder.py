@@ -1,0 +1,254 @@
+"""Codes -> picture: SigVQ features, diffusers' Z-Image transformer by flow matching, the VAE.
+
+Time runs from 0 (noise) to 1 (picture); the network predicts the velocity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint, Part
+from ..errors import CheckpointError, RequestError
+from ..progress import OnStep, Progress, ignore
+from ..vq import VQGrid
+from .device import default_device, has_float64, load_module, read_tensors
+
+TIME_SHIFT = 6.0
+FEATURE_UPSAMPLING = 2  # the grid of features has this many times the sides of the grid of codes
+LATENT_PIXELS = 8  # pixels of the VAE per latent
+CODE_PIXELS = 16
+
+# torchdiffeq's methods; a fixed-step one calls the network this often for each interval.
+FIXED_SOLVERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+ADAPTIVE_SOLVERS = ("dopri5", "bosh3", "adaptive_heun")
+SOLVERS = (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS)
+
+
+class Sampler(Enum):
+    """How noise becomes a latent; the value is what a person calls it."""
+
+    ODE = "ODE"  # the probability-flow ODE over a shifted time grid
+    RENOISE = "as published"  # fresh noise at every step, the way the turbo decoder was published
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How to decode.
+
+    Args:
+        steps: points of the time grid. The ODE has one interval fewer, so Euler calls the network ``steps - 1`` times.
+        guidance: 0 for none (one network call instead of two), 1 as published for the full decoder.
+        seed: of the noise, in 0 .. 2^64 - 1; drawn on the CPU, so that one seed gives one picture on every device.
+        upscale: side of the picture over that of the tokenizer's, 1 or 2.
+        sampler: the ODE, or the way the turbo decoder was published.
+        solver: one of ``SOLVERS``, for the ODE.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+
+    steps: int = 50
+    guidance: float = 1.0
+    seed: int = 0
+    upscale: int = 2
+    sampler: Sampler = Sampler.ODE
+    solver: str = "euler"
+
+    def __post_init__(self) -> None:
+        least = 2 if self.sampler is Sampler.ODE else 1
+        if not least <= self.steps <= 1000:
+            raise RequestError(f"steps is {self.steps}; it has to be from {least} to 1000.")
+        if not 0 <= self.guidance <= 100:
+            raise RequestError(f"guidance is {self.guidance}; it has to be from 0 (none) to 100.")
+        if self.upscale not in (1, 2):
+            raise RequestError(f"upscale is {self.upscale}; it has to be 1 or 2.")
+        if self.solver not in SOLVERS:
+            raise RequestError(f"There is no solver {self.solver!r}; there are {', '.join(SOLVERS)}.")
+        if not 0 <= self.seed < 2**64:
+            raise RequestError(f"The seed is {self.seed}; it has to be from 0 to {2**64 - 1}.")
+
+
+class SigVQPrior(nn.Module):
+    """Codes -> conditioning features: embedding, linear, SiLU, linear. Built from the shapes of its state dict."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        super().__init__()
+        linear = lambda name: nn.Linear(*reversed(tensors[f"prior_projector.net.{name}.weight"].shape))
+        self.prior_token_embedding = nn.Embedding(*tensors["prior_token_embedding.weight"].shape)
+        self.prior_projector = nn.Module()
+        self.prior_projector.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": linear("0.proj")}), "2": linear("2")})
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        """[..., height, width] integers -> [..., height, width, features]."""
+        net = self.prior_projector.net
+        return net["2"](nn.functional.silu(net["0"]["proj"](self.prior_token_embedding(codes))))
+
+
+class Decoder:
+    """The SigVQ prior and a diffusion transformer of a checkpoint: grids of codes -> latents.
+
+    Args:
+        checkpoint: the model folder.
+        part: ``Part.DECODER`` or ``Part.DECODER_TURBO``.
+        device: where to run; the library's choice if None.
+
+    Raises:
+        CheckpointError: the part is missing, damaged, or does not fit its config.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, part: Part = Part.DECODER, device: torch.device | None = None):
+        from diffusers import ZImageTransformer2DModel
+
+        checkpoint.require(part)
+        folder = "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
+        self.device, self.name = device or default_device(), checkpoint.root.name
+        self.prior = _load_prior(checkpoint, self.device)
+        path = checkpoint.only_safetensors(folder)
+        tensors = {name.replace("semantic_embedder", "cap_embedder"): tensor for name, tensor in read_tensors(path, self.device).items()}
+        if "cap_embedder.1.weight" not in tensors:
+            raise CheckpointError(f"{path} lacks semantic_embedder.1.weight; it is not a LLaDA2.0-Uni decoder.")
+        config = {key: value for key, value in checkpoint.json(f"{folder}/config.json").items() if not key.startswith("_")}
+        config |= {"cap_feat_dim": tensors["cap_embedder.1.weight"].shape[1], "axes_lens": [32768, 1024, 1024]}
+        with torch.device("meta"):
+            transformer = ZImageTransformer2DModel(**config)
+        self.transformer = load_module(transformer, tensors, path)
+        if (width := self.prior.prior_projector.net["2"].out_features) != config["cap_feat_dim"]:
+            raise CheckpointError(f"The SigVQ prior gives {width} features and {path} takes {config['cap_feat_dim']}: they are of two models.")
+
+    @property
+    def codebook_size(self) -> int:
+        """How many codes the prior knows."""
+        return self.prior.prior_token_embedding.num_embeddings
+
+    @torch.inference_mode()
+    def features(self, grid: VQGrid) -> torch.Tensor:
+        """Conditioning features [4 height width, features] of a grid, row by row of the upsampled grid.
+
+        Raises:
+            RequestError: the grid is of a model with another codebook.
+        """
+        if grid.codebook_size != self.codebook_size:
+            raise RequestError(
+                f"The grid was made by a model with {grid.codebook_size} codes; the decoder of {self.name} knows {self.codebook_size}. "
+                "Choose the decoder of the model that made the grid."
+            )
+        codes = torch.from_numpy(grid.codes.astype("int64")).to(self.device)
+        for axis in (0, 1):
+            codes = codes.repeat_interleave(FEATURE_UPSAMPLING, dim=axis)
+        return self.prior(codes).flatten(0, 1)
+
+    @torch.inference_mode()
+    def sample(self, grid: VQGrid, options: DecodeOptions, on_step: OnStep = ignore) -> torch.Tensor:
+        """Denoise one picture: latents [1, 16, height, width] float32.
+
+        Args:
+            on_step: called after each step that the network has done; what it raises ends the work.
+        """
+        dtype = self.transformer.dtype
+        condition = self.features(grid).to(dtype)
+        generator = torch.Generator().manual_seed(options.seed)
+        sides = (side * CODE_PIXELS * options.upscale // LATENT_PIXELS for side in (grid.height, grid.width))
+        noise = torch.randn(self.transformer.in_channels, 1, *sides, generator=generator).to(self.device)
+
+        def velocity(time: torch.Tensor | float, latent: torch.Tensor) -> torch.Tensor:
+            # with guidance, both conditionings as one batch
+            conditions = [condition, torch.zeros_like(condition)] if options.guidance else [condition]
+            times = torch.as_tensor(time, dtype=torch.float32, device=self.device).expand(len(conditions))
+            with_dtype = latent.to(dtype)
+            predicted = self.transformer([with_dtype] * len(conditions), times, conditions, return_dict=False)[0]
+            positive, *negative = (p.to(torch.float32) for p in predicted)
+            return guide(positive, negative[0], options.guidance) if negative else positive
+
+        if options.sampler is Sampler.ODE:
+            latent = _integrate(velocity, noise, options, on_step)
+        else:
+            latent = _renoise(velocity, noise, options.steps, generator, on_step)
+        return latent.to(torch.float32).squeeze(1)[None]
+
+
+class VAE:
+    """The VAE's decoder: latents -> pixels. It runs in float32 where its config says ``force_upcast``.
+
+    Raises:
+        CheckpointError: the part is missing, damaged, or does not fit its config.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None):
+        from diffusers import AutoencoderKL
+
+        checkpoint.require(Part.VAE)
+        path = checkpoint.only_safetensors("vae")
+        config = {key: value for key, value in checkpoint.json("vae/config.json").items() if not key.startswith("_")}
+        self.device = device or default_device()
+        with torch.device("meta"):
+            model = AutoencoderKL(**config)
+        dtype = torch.float32 if config.get("force_upcast", True) else None
+        self.model = load_module(model, read_tensors(path, self.device, dtype), path)
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """[batch, 16, height, width] -> pixels [batch, 8 height, 8 width, 3], float32 in 0 .. 1, on the CPU."""
+        config = self.model.config
+        latents = (latents.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor).to(self.model.dtype)
+        pixels = self.model.decode(latents, return_dict=False)[0].to(torch.float32)
+        return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu().contiguous()
+
+
+def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    """``p + scale (p - n)``, scaled down to the norm of ``p`` if longer. One picture, any shape."""
+    guided = positive + scale * (positive - negative)
+    return guided * (positive.norm() / guided.norm().clamp_min(1e-12)).clamp_max(1)
+
+
+def ode_times(steps: int, device: torch.device) -> torch.Tensor:
+    """The ODE's time grid: ``steps`` points from 0 to 1, shifted towards the noise."""
+    time = torch.linspace(0, 1, steps, device=device)
+    return time / (time + TIME_SHIFT - TIME_SHIFT * time)
+
+
+def _integrate(velocity: Callable, noise: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:
+    """Solve ``dx/dt = velocity(t, x)`` from 0 to 1 with torchdiffeq."""
+    from torchdiffeq import odeint
+
+    calls, total = 0, (options.steps - 1) * FIXED_SOLVERS.get(options.solver, 0)
+
+    def counted(time: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        result = velocity(time, latent)
+        calls += 1
+        on_step(Progress("decoding", calls, max(total, calls)))
+        return result
+
+    adaptive = {"options": {"dtype": torch.float32}, "rtol": 1e-3, "atol": 1e-4} if options.solver in ADAPTIVE_SOLVERS else {}
+    return odeint(counted, noise, ode_times(options.steps, noise.device), method=options.solver, **adaptive)[-1]
+
+
+def _renoise(velocity: Callable, noise: torch.Tensor, steps: int, generator: torch.Generator, on_step: OnStep) -> torch.Tensor:
+    """The published turbo sampler: predict the picture, then go back to the next time with fresh noise.
+
+    The noise is drawn in float64, on the CPU; so is the arithmetic where the device has float64.
+    """
+    dtype = torch.float64 if has_float64(noise.device) else torch.float32
+    latent, times = noise.to(dtype), torch.linspace(0, 1, steps + 1).tolist()
+    for step, (time, following) in enumerate(zip(times, times[1:]), 1):
+        picture = latent + (1 - time) * velocity(time, latent).to(dtype)
+        fresh = torch.randn(noise.shape, generator=generator, dtype=torch.float64).to(dtype).to(noise.device)
+        latent = following * picture + (1 - following) * fresh
+        on_step(Progress("decoding", step, steps))
+    return latent
+
+
+def _load_prior(checkpoint: Checkpoint, device: torch.device) -> SigVQPrior:
+    path = checkpoint.root / "image_tokenizer" / "sigvq_embedding.pt"
+    tensors = read_tensors(path, device)
+    try:
+        with torch.device("meta"):
+            prior = SigVQPrior(tensors)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a SigVQ prior: {error} is missing.") from None
+    return load_module(prior, tensors, path)

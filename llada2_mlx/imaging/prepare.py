@@ -1,0 +1,123 @@
+"""Pictures -> the sizes that the image tokenizer wants, the published way and ours."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+
+import numpy as np
+from PIL import Image
+
+from ..errors import RequestError
+
+PATCH = 16  # pixels a code
+UNIT = 32  # sides are multiples of this, so that grid sides are even
+UNDERSTAND_LARGEST, UNDERSTAND_SMALLEST = 800**2, 128**2  # area in pixels
+SEVERAL_LARGEST = 448**2  # of each, where several pictures are understood together
+EDIT_UNITS = 256  # an edited picture has about this many UNIT x UNIT squares
+EDIT_ASPECT = 4  # and sides within 4:1
+GRID_SIDES = (8, 255)  # the smallest and the largest grid side that can have a size token
+
+
+class Purpose(Enum):
+    """What a picture is encoded for; the value is what a person calls it."""
+
+    UNDERSTAND = "understand"
+    UNDERSTAND_SEVERAL = "understand with others"
+    EDIT = "edit"
+    EDIT_PUBLISHED = "edit as published"
+
+
+def prepare(image: Image.Image, purpose: Purpose) -> Image.Image:
+    """The picture in a size that the tokenizer takes, RGB.
+
+    Understanding scales it to about its own size, at most 800 x 800 pixels of area. Editing scales it to cover
+    the nearest of a fixed set of sizes of about 512 x 512 and crops the middle; "as published" crops without
+    any scaling, so that a large photo loses all but its middle and a small one is padded with black.
+
+    Raises:
+        RequestError: the picture is empty, or so thin that its grid has no size token.
+    """
+    image = to_rgb(image)
+    if purpose in (Purpose.UNDERSTAND, Purpose.UNDERSTAND_SEVERAL):
+        target = understand_size(*image.size, UNDERSTAND_LARGEST if purpose is Purpose.UNDERSTAND else SEVERAL_LARGEST)
+        covering = cover(image, *target)
+        # the published crop is now and then a step larger than the target
+        box = [max(UNIT * (side // UNIT), wanted) for side, wanted in zip(covering.size, target)]
+        prepared = centre_crop(covering, *box)
+    else:
+        target = edit_size(*image.size)
+        prepared = centre_crop(image if purpose is Purpose.EDIT_PUBLISHED else cover(image, *target), *target)
+    least, most = GRID_SIDES
+    if not all(least <= side // PATCH <= most for side in prepared.size):
+        raise RequestError(
+            f"The picture is {image.width} x {image.height} pixels, too thin to {purpose.value}: its grid would be "
+            f"{prepared.width // PATCH} x {prepared.height // PATCH} codes, and a side has to have {least} to {most}. "
+            "Crop it or pad it to a less extreme shape."
+        )
+    return prepared
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB from any mode; transparent parts are put on white, 16-bit values are scaled.
+
+    Raises:
+        RequestError: the picture has no pixels.
+    """
+    if 0 in image.size:
+        raise RequestError(f"The picture is {image.width} x {image.height} pixels: there is nothing in it.")
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        # 32-bit modes carry 16-bit or 8-bit pictures; what they hold tells which
+        most = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
+        image = Image.fromarray((values.clip(0, most) / most * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def understand_size(width: int, height: int, largest: int = UNDERSTAND_LARGEST) -> tuple[int, int]:
+    """Width and height to understand a picture at: multiples of 32 near its own, its area kept in bounds."""
+    target = [max(UNIT, UNIT * round(side / UNIT)) for side in (width, height)]
+    area = target[0] * target[1]
+    if area > largest:
+        scale = math.sqrt(largest / (width * height))
+        target = [max(UNIT, UNIT * math.floor(side * scale / UNIT)) for side in (width, height)]
+    elif area < UNDERSTAND_SMALLEST:
+        scale = math.sqrt(UNDERSTAND_SMALLEST / (width * height))
+        target = [UNIT * math.ceil(side * scale / UNIT) for side in (width, height)]
+    return target[0], target[1]
+
+
+def edit_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height to edit a picture at: of the allowed sizes the one nearest to its shape."""
+
+    def fit(size: tuple[int, int]) -> tuple[float, int, int]:
+        ratios = size[0] / width, size[1] / height
+        return min(ratios) / max(ratios), *size
+
+    return max(_edit_sizes(), key=fit)
+
+
+def _edit_sizes() -> list[tuple[int, int]]:
+    """Sizes ``32 a x 32 b`` with ``a b <= 256 < (a + 1) (b + 1)`` and sides within 4:1."""
+    sides = range(1, EDIT_UNITS + 1)
+    return [
+        (UNIT * a, UNIT * b)
+        for a in sides
+        for b in sides
+        if a * b <= EDIT_UNITS < (a + 1) * (b + 1) and max(a, b) <= EDIT_ASPECT * min(a, b)
+    ]
+
+
+def cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture scaled (bicubic) so that it just covers ``width x height``."""
+    scale = max(width / image.width, height / image.height)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle ``width x height``; a picture that is smaller is padded with black at the right and bottom."""
+    left, top = max(image.width - width, 0) // 2, max(image.height - height, 0) // 2
+    return image.crop((left, top, left + width, top + height))

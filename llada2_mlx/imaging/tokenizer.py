@@ -1,0 +1,69 @@
+"""SigLIP-VQ, the image tokenizer: a picture -> a grid of codes. transformers' GLM-Image classes, unchanged."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from PIL import Image
+
+from ..checkpoint import Checkpoint, Part
+from ..errors import CheckpointError
+from ..vq import VQGrid
+from .device import default_device, load_module, read_tensors
+from .prepare import Purpose, prepare
+
+
+class ImageTokenizer:
+    """The vision transformer and the vector quantiser of a checkpoint.
+
+    Args:
+        checkpoint: the model folder.
+        device: where to run; the library's choice if None.
+
+    Raises:
+        CheckpointError: the part is missing, damaged, or does not fit its config.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None):
+        from transformers import GlmImageVisionConfig, GlmImageVisionModel, GlmImageVQVAE, GlmImageVQVAEConfig
+
+        checkpoint.require(Part.IMAGE_TOKENIZER)
+        config = checkpoint.json("image_tokenizer/config.json")
+        if absent := [name for name in ("vision_config", "vq_config") if name not in config]:
+            raise CheckpointError(f"{checkpoint.root / 'image_tokenizer/config.json'} lacks {', '.join(absent)}.")
+        self.device = device or default_device()
+        self.patch = config["vision_config"]["patch_size"]
+        self.codebook_size = config["vq_config"]["num_embeddings"]
+        path = checkpoint.only_safetensors("image_tokenizer")
+        tensors = read_tensors(path, self.device)
+        with torch.device("meta"):
+            vision = GlmImageVisionModel._from_config(GlmImageVisionConfig(**config["vision_config"]), attn_implementation="sdpa")
+            quantiser = GlmImageVQVAE(GlmImageVQVAEConfig(**config["vq_config"]))
+        parts = {"model.visual.": vision, "model.vqmodel.": quantiser}
+        if strange := [name for name in tensors if not name.startswith(tuple(parts))]:
+            raise CheckpointError(f"{path} holds unexpected tensors: {', '.join(strange[:3])}.")
+        for prefix, module in parts.items():
+            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            load_module(module, own, path)
+        self.vision, self.quantiser = vision, quantiser
+
+    def encode(self, image: Image.Image, purpose: Purpose) -> VQGrid:
+        """Prepare a picture of any mode and size, and encode it.
+
+        Raises:
+            RequestError: the picture is empty or too thin.
+        """
+        return self.encode_prepared(prepare(image, purpose))
+
+    @torch.inference_mode()
+    def encode_prepared(self, image: Image.Image) -> VQGrid:
+        """Encode an RGB picture whose sides are multiples of the patch size (16 px): one code a patch."""
+        weight = self.vision.patch_embed.proj.weight
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+        pixels = pixels.to(self.device, torch.float32) / 255
+        pixels = ((pixels - 0.5) / 0.5).to(weight.dtype)
+        patches = rearrange(pixels, "(h p) (w q) c -> (h w) (c p q)", p=self.patch, q=self.patch)
+        height, width = image.height // self.patch, image.width // self.patch
+        features = self.vision(patches, grid_thw=torch.tensor([[1, height, width]], device=self.device)).last_hidden_state
+        codes = self.quantiser.encode(rearrange(features, "(b h w) c -> b c h w", b=1, h=height)).image_tokens
+        return VQGrid(codes.view(height, width).cpu().numpy(), self.codebook_size)

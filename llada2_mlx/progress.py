@@ -1,0 +1,31 @@
+"""How the library tells its caller where it is: one value, handed to one callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a piece of work is.
+
+    Args:
+        phase: what is being done, for a person: "loading", "reading the prompt", "denoising", "decoding".
+        done: steps finished.
+        total: steps there are at most; fewer may be needed.
+        generated: while denoising, the ids generated so far (blocks begun, prompt aside), masks among them.
+    """
+
+    phase: str
+    done: int
+    total: int
+    generated: tuple[int, ...] = ()
+
+
+# Called after every step, in the caller's own thread. What it raises ends the work and reaches the caller.
+OnStep = Callable[[Progress], None]
+
+
+def ignore(progress: Progress) -> None:
+    """An ``OnStep`` that does nothing."""

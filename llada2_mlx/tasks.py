@@ -1,0 +1,171 @@
+"""What a user asks of the backbone: a drawing, an answer, an edit. One function a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import prompts
+from .backbone import Backbone
+from .errors import RequestError
+from .progress import OnStep, Progress, ignore
+from .vq import VQGrid
+
+# Pixels of the decoded picture per code: the tokenizer has 16, the decoder doubles.
+PIXELS_PER_CODE = 32
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A grid of codes, and what it took (``diffusion.Report``)."""
+
+    grid: VQGrid
+    report: "Report"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text, its token ids, and what it took (``diffusion.Report``)."""
+
+    text: str
+    ids: list[int]
+    report: "Report"
+
+
+def text_to_vq(
+    backbone: Backbone,
+    prompt: str,
+    width: int = 0,
+    height: int = 0,
+    guidance: float = 2.0,
+    rescale: float = 0.7,
+    on_step: OnStep = ignore,
+    **options,
+) -> Drawing:
+    """Draw a picture as codes.
+
+    Args:
+        prompt: what to draw, in any language.
+        width, height: of the decoded picture in pixels, multiples of 32; 0 is the model's own size.
+        guidance: scale of the simple classifier-free guidance; 1 is none.
+        rescale: see ``guidance.Guidance``.
+        options: of ``diffusion.Sampling`` (8 steps unless given), and ``method``.
+
+    Returns:
+        A grid of ``height / 32 x width / 32`` codes.
+
+    Raises:
+        RequestError: the size has no size token, or the prompt is too long; before anything runs.
+    """
+    from .guidance import Guidance
+
+    rows, columns = grid_size(backbone, width, height)
+    request = prompts.text_to_image(backbone.tokens, prompt, rows, columns)
+    return _draw(backbone, request, rows, columns, Guidance.simple(guidance, rescale), on_step, options)
+
+
+def edit(
+    backbone: Backbone,
+    grid: VQGrid,
+    instruction: str,
+    text_guidance: float = 4.0,
+    image_guidance: float = 0.0,
+    rescale: float = 0.7,
+    on_step: OnStep = ignore,
+    **options,
+) -> Drawing:
+    """Draw a picture anew, changed as the instruction says. The result has the size of ``grid``.
+
+    Args:
+        grid: the picture as codes, prepared for editing.
+        text_guidance, image_guidance: how strongly to follow the instruction, and to keep to the picture.
+        options: as of ``text_to_vq``.
+
+    Raises:
+        RequestError: the grid is of another model or has no size token, or the request is too long.
+    """
+    from .guidance import Guidance
+
+    request = prompts.edit(backbone.tokens, grid, instruction)
+    return _draw(backbone, request, grid.height, grid.width, Guidance.editing(text_guidance, image_guidance, rescale), on_step, options)
+
+
+def understand(
+    backbone: Backbone,
+    grid: VQGrid,
+    question: str,
+    max_new_tokens: int = 2048,
+    on_step: OnStep = ignore,
+    on_text: Callable[[str], None] | None = None,
+    **options,
+) -> Answer:
+    """Answer a question about a picture.
+
+    Args:
+        grid: the picture as codes, prepared for understanding.
+        max_new_tokens: the answer's length at most.
+        on_text: called after each step with the answer so far; a stretch not yet denoised reads "…".
+        options: of ``diffusion.Sampling`` (32 steps unless given), and ``method``.
+
+    Raises:
+        RequestError: the grid is of another model or has no size token, or the request is too long.
+    """
+    from .diffusion import Sampling, Vocabulary, check_length, generate
+
+    tokens = backbone.tokens
+    request = prompts.understand(tokens, grid, question)
+    check_length(len(request.conditional), max_new_tokens, backbone.config.max_position_embeddings)
+
+    def step(progress: Progress) -> None:
+        on_step(progress)
+        if on_text and progress.generated:
+            on_text(readable(backbone, progress.generated))
+
+    method = {"method": options.pop("method")} if "method" in options else {}
+    vocabulary = Vocabulary(tokens.mask, end=tokens.end)
+    done = backbone.run(generate, request.branches, max_new_tokens, vocabulary, Sampling(**{"steps": 32, **options}), on_step=step, **method)
+    return Answer(tokens.decode(done.ids), done.ids, done.report)
+
+
+def grid_size(backbone: Backbone, width: int, height: int) -> tuple[int, int]:
+    """Rows and columns of codes for a picture of ``width x height`` pixels; 0 is the model's own size.
+
+    Raises:
+        RequestError: a side is no multiple of 32 pixels, or no size token exists for it.
+    """
+    width, height = (side or backbone.checkpoint.image_size for side in (width, height))
+    if width % PIXELS_PER_CODE or height % PIXELS_PER_CODE or min(width, height) < 0:
+        raise RequestError(f"The size is {width} x {height} pixels; both sides have to be multiples of {PIXELS_PER_CODE}.")
+    rows, columns = height // PIXELS_PER_CODE, width // PIXELS_PER_CODE
+    backbone.tokens.check_size(rows, columns)
+    return rows, columns
+
+
+def readable(backbone: Backbone, ids: tuple[int, ...]) -> str:
+    """The text of an answer that is still being denoised, up to its end token."""
+    tokens, pieces, run = backbone.tokens, [], []
+    for token in (*ids, tokens.end):
+        if token not in (tokens.mask, tokens.end):
+            run.append(token)
+            continue
+        if run:
+            pieces.append(tokens.decode(run))
+            run = []
+        if token == tokens.end:
+            break
+        if not pieces or pieces[-1] != "…":
+            pieces.append("…")
+    return "".join(pieces)
+
+
+def _draw(backbone: Backbone, request: prompts.Prompt, rows: int, columns: int, guidance, on_step: OnStep, options: dict) -> Drawing:
+    from .diffusion import Sampling, Vocabulary, check_length, generate
+
+    length, codebook = rows * columns, backbone.config.codebook_size
+    check_length(len(request.conditional), length, backbone.config.max_position_embeddings)
+    method = {"method": options.pop("method")} if "method" in options else {}
+    vocabulary = Vocabulary(backbone.tokens.mask, first=backbone.config.image_token_offset)
+    sampling = Sampling(**{"steps": 8, **options})
+    done = backbone.run(generate, request.branches, length, vocabulary, sampling, guidance, on_step=on_step, **method)
+    codes = [token - backbone.config.image_token_offset for token in done.ids]
+    return Drawing(VQGrid.from_list(codes, rows, columns, codebook), done.report)

@@ -1,0 +1,88 @@
+"""The text tokenizer, the special ids, and the header that states an image's size."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, RequestError
+
+_NEEDED = ("<|endoftext|>", "<|mask|>", "<|image|>", "<|/image|>", "<boi>", "<role>", "</role>")
+
+
+class Tokens:
+    """Text <-> ids of one checkpoint. All ids are read from its tokenizer; none is a constant.
+
+    Args:
+        checkpoint: a checkpoint with ``tokenizer.json`` and ``config.json``.
+
+    Raises:
+        CheckpointError: there is no usable tokenizer, or it lacks a token that the prompts are made of.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        from transformers import AutoTokenizer  # seconds to import
+
+        self.folder: Path = checkpoint.root
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.root), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # the library raises whatever its readers raise
+            raise CheckpointError(f"The text tokenizer in {checkpoint.root} cannot be read ({error}). Download it again.") from error
+        self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        self.image_offset = checkpoint.config.image_token_offset
+        self.codebook_size = checkpoint.config.codebook_size
+        if lacking := [token for token in _NEEDED if token not in self._vocabulary]:
+            raise CheckpointError(
+                f"The text tokenizer in {checkpoint.root} has no token {', '.join(lacking)}; it is not of a LLaDA2.0-Uni model."
+            )
+        self.end = self._vocabulary["<|endoftext|>"]
+        self.mask = self._vocabulary["<|mask|>"]
+        self.image = self._vocabulary["<|image|>"]
+        self.image_end = self._vocabulary["<|/image|>"]
+        self.boi = self._vocabulary["<boi>"]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one piece of text, with nothing added around it."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ``ids``; special tokens and image codes are left out."""
+        return self._tokenizer.decode([i for i in ids if i < self.image_offset], skip_special_tokens=True)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The grid sides, in codes, that have a size token, ascending."""
+        return tuple(side for side in range(1, 1024) if f"<|reserved_token_{side}|>" in self._vocabulary)
+
+    def header(self, height: int, width: int) -> list[int]:
+        """``<|image|>``, the two size tokens and ``<boi>`` of a grid of ``height x width`` codes.
+
+        Raises:
+            RequestError: a side has no size token. Such a size would silently become other text.
+        """
+        self.check_size(height, width)
+        return [self.image, *(self._vocabulary[f"<|reserved_token_{side}|>"] for side in (height, width)), self.boi]
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ``RequestError`` if a grid of ``height x width`` codes has no size tokens."""
+        if not {height, width} <= set(self.sizes):
+            raise RequestError(
+                f"A grid of {height} x {width} codes (height x width) has no size tokens in the model {self.folder.name}. "
+                f"Sides that have one: {_ranges(self.sizes)} codes (a drawn picture has 32 pixels per code, an encoded one 16)."
+            )
+
+    def codes_to_ids(self, codes: list[int]) -> list[int]:
+        """Token ids of image codes."""
+        return [self.image_offset + code for code in codes]
+
+
+def _ranges(sides: tuple[int, ...]) -> str:
+    """'8, 10, 12, 36-255': runs of three and more are joined."""
+    parts, run = [], []
+    for side in (*sides, None):
+        if run and (side is None or side != run[-1] + 1):
+            parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
+            run = []
+        run.append(side)
+    return ", ".join(parts) or "none"

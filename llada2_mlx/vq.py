@@ -1,0 +1,105 @@
+"""``VQGrid``: a picture as image codes, the only thing that crosses between MLX and PyTorch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .errors import RequestError
+
+
+@dataclass(frozen=True, eq=False)
+class VQGrid:
+    """A grid of image codes.
+
+    Args:
+        codes: integers [height, width], each in ``0 .. codebook_size - 1``; kept as int32, read-only.
+        codebook_size: how many codes the model that made the grid has.
+
+    Raises:
+        RequestError: the codes are no two-dimensional grid of integers, or one is outside the codebook.
+    """
+
+    codes: np.ndarray
+    codebook_size: int
+
+    def __post_init__(self) -> None:
+        codes = np.asarray(self.codes)
+        if codes.ndim != 2 or 0 in codes.shape or not np.issubdtype(codes.dtype, np.integer):
+            raise RequestError(f"A grid of codes is a non-empty [height, width] array of integers, not {codes.dtype} {list(codes.shape)}.")
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
+            raise RequestError(
+                f"The grid holds codes from {codes.min()} to {codes.max()}; the codebook has 0 to {self.codebook_size - 1}."
+            )
+        codes = codes.astype(np.int32)
+        codes.setflags(write=False)
+        object.__setattr__(self, "codes", codes)
+
+    @property
+    def height(self) -> int:
+        """Rows of codes."""
+        return self.codes.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of codes."""
+        return self.codes.shape[1]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, VQGrid):
+            return NotImplemented
+        return self.codebook_size == other.codebook_size and np.array_equal(self.codes, other.codes)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"VQGrid({self.height} x {self.width} codes of {self.codebook_size})"
+
+    @classmethod
+    def from_list(cls, codes: list[int], height: int, width: int, codebook_size: int) -> VQGrid:
+        """A grid from its codes row by row."""
+        if len(codes) != height * width:
+            raise RequestError(f"{len(codes)} codes do not make a grid of {height} x {width}.")
+        return cls(np.asarray(codes).reshape(height, width), codebook_size)
+
+    def to_list(self) -> list[int]:
+        """The codes row by row."""
+        return self.codes.flatten().tolist()
+
+    def save(self, path: str | Path) -> None:
+        """Write the grid as safetensors, its size and codebook in the metadata; whole or not at all."""
+        path = Path(path)
+        metadata = {"format": "llada2-vq", "height": str(self.height), "width": str(self.width), "codebook_size": str(self.codebook_size)}
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file({"codes": self.codes}, partial, metadata=metadata)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> VQGrid:
+        """Read a grid that ``save`` wrote.
+
+        Raises:
+            RequestError: the file is damaged or holds no grid, or its metadata does not fit its codes.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata, codes = file.metadata() or {}, file.get_tensor("codes")
+            grid = cls(codes, int(metadata["codebook_size"]))
+            stated = int(metadata["height"]), int(metadata["width"])
+        except FileNotFoundError:
+            raise RequestError(f"There is no file {path}.") from None
+        except RequestError as error:
+            raise RequestError(f"{path}: {error}") from None
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise RequestError(f"{path} is not a grid of codes ({error}); save one with `llada2-mlx encode` or `t2i --codes`.") from None
+        if stated != (grid.height, grid.width):
+            raise RequestError(f"{path} states {stated[0]} x {stated[1]} codes and holds {grid.height} x {grid.width}.")
+        return grid

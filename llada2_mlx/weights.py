@@ -1,0 +1,85 @@
+"""Published tensors -> MLX parameters: the one place where foreign names become ours."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .checkpoint import Checkpoint, TensorInfo, check_tensors
+from .config import BackboneConfig
+from .errors import CheckpointError
+from .model import LLaDA2
+from .progress import Progress
+
+PRECISIONS = {"bf16": mx.bfloat16, "float32": mx.float32}
+_STORED = {"BF16": mx.bfloat16, "F16": mx.bfloat16, "F32": mx.float32}
+
+
+def published_names(parameter: str, shape: tuple[int, ...]) -> list[str]:
+    """The checkpoint's tensors that make up one of our parameters, in the order in which they are stacked.
+
+    Everything has its published name except a layer's experts: ``mlp.switch_mlp.gate_proj.weight`` [E, out, in]
+    is ``mlp.experts.0.gate_proj.weight`` ... ``mlp.experts.E-1.gate_proj.weight``.
+    """
+    if ".switch_mlp." not in parameter:
+        return [parameter]
+    return [parameter.replace(".switch_mlp.", f".experts.{expert}.") for expert in range(shape[0])]
+
+
+def check_backbone(config: BackboneConfig, tensors: dict[str, TensorInfo], checkpoint: Checkpoint) -> None:
+    """Compare names and shapes in the checkpoint with those of the network, without reading a weight.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape.
+    """
+    expected = {}
+    for parameter, value in tree_flatten(LLaDA2(config).parameters()):
+        names = published_names(parameter, value.shape)
+        expected.update(dict.fromkeys(names, value.shape[1:] if len(names) > 1 else value.shape))
+    check_tensors(tensors, expected, checkpoint.root)
+
+
+def compute_type(precision: str, tensors: dict[str, TensorInfo]) -> mx.Dtype:
+    """The type to run in: as asked, or with ``auto`` the type that the checkpoint's embedding is stored in."""
+    if precision == "auto":
+        return _STORED.get(tensors["model.word_embeddings.weight"].dtype, mx.bfloat16)
+    return PRECISIONS[precision]
+
+
+def load_backbone(checkpoint: Checkpoint, precision: str = "auto") -> Generator[Progress, None, LLaDA2]:
+    """Build the network and read its weights, parameter by parameter.
+
+    A file is mapped lazily and a tensor is read when its parameter's turn comes; experts are stacked one
+    layer's projection at a time, so that never more than one stack exists twice.
+
+    Yields:
+        Progress after each parameter.
+
+    Returns:
+        The network, all its weights in memory.
+
+    Raises:
+        CheckpointError: a tensor holds values that are not finite.
+    """
+    tensors = checkpoint.backbone_tensors()
+    dtype = compute_type(precision, tensors)
+    model = LLaDA2(checkpoint.config)
+    files = {path: mx.load(str(path)) for path in {info.file for info in tensors.values()}}
+    parameters = tree_flatten(model.parameters())
+    for done, (parameter, empty) in enumerate(parameters, 1):
+        names = published_names(parameter, empty.shape)
+        read = [files[tensors[name].file].pop(name) for name in names]
+        value = mx.stack(read) if len(names) > 1 else read[0]
+        del read
+        value = value.astype(mx.float32 if ".mlp.gate." in parameter else dtype)
+        finite = mx.isfinite(value).reshape(len(names), -1).all(axis=-1)
+        mx.eval(value, finite)
+        if bad := [name for name, ok in zip(names, finite.tolist()) if not ok]:
+            raise CheckpointError(
+                f"{tensors[bad[0]].file} holds values that are not finite (NaN or infinity) in {bad[0]}. Download it again."
+            )
+        model.load_weights([(parameter, value)], strict=False)
+        yield Progress("loading weights", done, len(parameters))
+    return model

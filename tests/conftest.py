@@ -1,0 +1,31 @@
+"""Fixtures that the tests share. ``--golden DIR`` runs the parity tests on another golden directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llada2_mlx.backbone import Backbone
+from llada2_mlx.checkpoint import Checkpoint
+
+TESTS = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", type=Path, default=TESTS / "golden", help="directory of golden fixtures (default: tests/golden)")
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Path:
+    return request.config.getoption("--golden")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(golden: Path) -> Checkpoint:
+    return Checkpoint(golden / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def backbone(checkpoint: Checkpoint) -> Backbone:
+    return Backbone(checkpoint, "float32")

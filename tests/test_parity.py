@@ -1,0 +1,234 @@
+"""Parity with what the model's published code computes. Runs any golden directory: ``--golden DIR``.
+
+Tokens, grids and sizes are equal; float tensors agree within 1e-4 relative.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from llada2_mlx import prompts, tasks
+from llada2_mlx.backbone import Backbone
+from llada2_mlx.checkpoint import Checkpoint, Part
+from llada2_mlx.diffusion import Sampling, Vocabulary, generate
+from llada2_mlx.guidance import Guidance
+from llada2_mlx.imaging.decoder import VAE, DecodeOptions, Decoder, Sampler
+from llada2_mlx.imaging.prepare import Purpose, prepare
+from llada2_mlx.imaging.tokenizer import ImageTokenizer
+from llada2_mlx.progress import Progress
+from llada2_mlx.vq import VQGrid
+
+PREPARATIONS = {
+    "understand": Purpose.UNDERSTAND,
+    "understand_multi": Purpose.UNDERSTAND_SEVERAL,
+    "edit": Purpose.EDIT_PUBLISHED,
+}
+LATER = {"sprint": "SPRINT", "thinking": "the thinking mode"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each case of the golden directory, named after it."""
+    expected = metafunc.config.getoption("--golden") / "expected"
+    read = lambda name: json.loads((expected / name).read_text())
+    if "generation_case" in metafunc.fixturenames:
+        content = read("generation.json")
+        cases = [case for case in content["cases"] if case["kind"] == metafunc.function.__name__.removeprefix("test_")]
+        values = [({**content["defaults"][case["kind"]], **case["params"]}, case) for case in cases]
+        marks = [[pytest.mark.skip(reason=f"{what} is not there yet") for key, what in LATER.items() if key in c["name"]] for c in cases]
+        params = [pytest.param(*value, id=case["name"], marks=mark) for value, case, mark in zip(values, cases, marks)]
+        metafunc.parametrize(("params", "generation_case"), params)
+    if "encode_case" in metafunc.fixturenames:
+        cases = [(case["image"], way, case[way]) for case in read("encode.json") for way in case if way != "image"]
+        metafunc.parametrize("encode_case", cases, ids=[f"{Path(image).stem}-{way}" for image, way, _ in cases])
+    if "decode_case" in metafunc.fixturenames:
+        cases = read("decode.json")
+        metafunc.parametrize("decode_case", cases, ids=[f"{case['decoder']}-{case['index']}" for case in cases])
+
+
+def close(actual: np.ndarray, expected: np.ndarray) -> bool:
+    """Within 1e-4 of the expected tensor's own norm."""
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.fixture(scope="module")
+def ids(golden: Path) -> dict:
+    content = json.loads((golden / "expected/generation.json").read_text())
+    return {"mask": content["mask_id"], "end": content["eos_id"], "special": content["special_ids"]}
+
+
+@pytest.fixture(scope="module")
+def forward(golden: Path) -> dict[str, np.ndarray]:
+    return load_file(golden / "expected/forward.safetensors")
+
+
+@pytest.fixture(scope="module")
+def latents(golden: Path) -> dict[str, np.ndarray]:
+    return load_file(golden / "expected/decode.safetensors")
+
+
+@pytest.fixture(scope="module")
+def image_tokenizer(checkpoint: Checkpoint) -> ImageTokenizer:
+    return ImageTokenizer(checkpoint, torch.device("cpu"))
+
+
+def compute(backbone: Backbone, function) -> list[np.ndarray]:
+    """What ``function(network)`` gives, as numpy arrays; it runs on the backbone's own thread."""
+
+    def job(network):
+        yield Progress("computing", 1, 1)
+        return [np.array(array) for array in function(network)]
+
+    return backbone.run(job)
+
+
+def test_special_ids(backbone: Backbone, ids: dict) -> None:
+    tokens = backbone.tokens
+    assert (tokens.mask, tokens.end) == (ids["mask"], ids["end"])
+    assert all(tokens.encode(token) == [number] for token, number in ids["special"].items())
+
+
+def test_forward(backbone: Backbone, forward: dict) -> None:
+    def run(network):
+        mask = mx.array(forward["forward.block_mask"].astype(bool))
+        hidden = network(mx.array(forward["forward.input_ids"]), mask=mask)
+        return hidden, network.logits(hidden)
+
+    hidden, logits = compute(backbone, run)
+    assert close(hidden, forward["forward.last_hidden_state"])
+    assert close(logits, forward["forward.logits"])
+
+
+def test_gate(backbone: Backbone, forward: dict) -> None:
+    experts, weights = compute(backbone, lambda network: first_moe(network).gate(mx.array(forward["layer1.gate_in"][0])))
+    order, expected_order = np.argsort(experts, -1), np.argsort(forward["layer1.gate_idx"], -1)
+    assert (np.take_along_axis(experts, order, -1) == np.take_along_axis(forward["layer1.gate_idx"], expected_order, -1)).all()
+    assert close(np.take_along_axis(weights, order, -1), np.take_along_axis(forward["layer1.gate_w"], expected_order, -1))
+
+
+def test_moe_block(backbone: Backbone, forward: dict) -> None:
+    (out,) = compute(backbone, lambda network: [first_moe(network)(mx.array(forward["layer1.moe_in"]))])
+    assert close(out, forward["layer1.moe_out"])
+
+
+def first_moe(network):
+    return network.model.layers[network.config.first_k_dense_replace].mlp
+
+
+def sampling(params: dict) -> Sampling:
+    names = ("block_length", "steps", "threshold", "temperature")
+    return Sampling(**{name: params[name] for name in names if name in params})
+
+
+def test_text(backbone: Backbone, ids: dict, params: dict, generation_case: dict) -> None:
+    prompt = generation_case["prompt_ids"]
+    vocabulary = Vocabulary(ids["mask"], end=params["eos_id"])
+    done = backbone.run(generate, (prompt,), params["gen_length"], vocabulary, sampling(params))
+    assert prompt + done.ids == generation_case["expected"]["output_ids"]
+
+
+def test_image(backbone: Backbone, ids: dict, params: dict, generation_case: dict) -> None:
+    names = [name for name in ("prompt_ids", "uncond_ids", "uncond_text", "uncond_img") if name in generation_case]
+    if params["mode"] == "editing":
+        guidance = Guidance.editing(params["cfg_text_scale"], params["cfg_image_scale"], params["cfg_rescale"])
+    elif "uncond_ids" in names:
+        guidance = Guidance.simple(params["cfg_scale"], params["cfg_rescale"])
+    else:
+        guidance = Guidance()
+    vocabulary = Vocabulary(ids["mask"], first=backbone.config.image_token_offset)
+    branches = tuple(generation_case[name] for name in names)
+    done = backbone.run(generate, branches, params["gen_length"], vocabulary, sampling(params), guidance)
+    assert generation_case["prompt_ids"] + done.ids == generation_case["expected"]["output_ids"]
+
+
+def test_generate_image(backbone: Backbone, params: dict, generation_case: dict) -> None:
+    expected, (call,) = generation_case["expected"]["result"], generation_case["expected"]["calls"]
+    request = prompts.text_to_image(backbone.tokens, generation_case["prompt"], expected["h"], expected["w"])
+    assert request.branches == (call["input_ids"], call["uncond_ids"])
+    drawing = tasks.text_to_vq(
+        backbone,
+        generation_case["prompt"],
+        params["image_w"],
+        params["image_h"],
+        params["cfg_scale"],
+        params["cfg_rescale"],
+        steps=params["steps"],
+        block_length=params["block_length"],
+    )
+    assert drawing.grid == VQGrid.from_list(expected["token_ids"], expected["h"], expected["w"], backbone.config.codebook_size)
+
+
+def source_grid(backbone: Backbone, case: dict) -> VQGrid:
+    codes = [token - backbone.config.image_token_offset for token in case["image_tokens"]]
+    return VQGrid.from_list(codes, case["image_h"], case["image_w"], backbone.config.codebook_size)
+
+
+def test_understand_image(backbone: Backbone, params: dict, generation_case: dict) -> None:
+    (call,) = generation_case["expected"]["calls"]
+    grid, question, tokens = source_grid(backbone, generation_case), generation_case["question"], backbone.tokens
+    assert prompts.understand(tokens, grid, question).branches == (call["input_ids"],)
+    answer = tasks.understand(
+        backbone,
+        grid,
+        question,
+        params["gen_length"],
+        steps=params["steps"],
+        threshold=params["threshold"],
+        block_length=params["block_length"],
+    )
+    assert call["input_ids"] + answer.ids == call["output_ids"]
+    # the published function decodes question and answer together
+    assert tokens.decode(tokens.encode(question) + answer.ids) == generation_case["expected"]["result"]["text"]
+    assert answer.text == tokens.decode(answer.ids)
+
+
+def test_edit_image(backbone: Backbone, params: dict, generation_case: dict) -> None:
+    expected, (call,) = generation_case["expected"]["result"], generation_case["expected"]["calls"]
+    grid = source_grid(backbone, generation_case)
+    request = prompts.edit(backbone.tokens, grid, generation_case["instruction"])
+    assert request.branches == (call["input_ids"], call["uncond_text"], call["uncond_img"])
+    drawing = tasks.edit(
+        backbone,
+        grid,
+        generation_case["instruction"],
+        params["cfg_text_scale"],
+        params["cfg_image_scale"],
+        params["cfg_rescale"],
+        steps=params["steps"],
+        block_length=params["block_length"],
+    )
+    assert drawing.grid == VQGrid.from_list(expected["token_ids"], expected["h"], expected["w"], backbone.config.codebook_size)
+
+
+def test_encode(golden: Path, image_tokenizer: ImageTokenizer, encode_case: tuple) -> None:
+    name, way, expected = encode_case
+    with Image.open(golden / "expected" / name) as image:
+        prepared = prepare(image, PREPARATIONS[way])
+    assert list(prepared.size) == expected["size"]
+    grid = image_tokenizer.encode_prepared(prepared)
+    assert [1, grid.height, grid.width] == expected["grid"]
+    assert grid.to_list() == expected["token_ids"]
+
+
+def test_decode(checkpoint: Checkpoint, latents: dict, decode_case: dict) -> None:
+    case, cpu = decode_case, torch.device("cpu")
+    decoder = Decoder(checkpoint, Part.DECODER_TURBO if case["decoder"] == "decoder-turbo" else Part.DECODER, cpu)
+    grid = VQGrid.from_list(case["token_ids"], case["h"], case["w"], decoder.codebook_size)
+    sampler = Sampler.RENOISE if case["renoise"] else Sampler.ODE
+    options = DecodeOptions(case["steps"], case["guidance"], case["seed"], case["resolution_multiplier"], sampler)
+    calls = []
+    latent = decoder.sample(grid, options, calls.append)
+    assert len(calls) == case["model_calls"]
+    assert close(decoder.features(grid).numpy(), latents[f"{case['index']}.features"])
+    assert close(latent.numpy(), latents[f"{case['index']}.latents"])
+    if f"{case['index']}.pixels" in latents:
+        pixels = VAE(checkpoint, cpu).decode(latent)
+        assert close(pixels.permute(0, 3, 1, 2).numpy(), latents[f"{case['index']}.pixels"])
