@@ -124,6 +124,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.root}: {_INDEX} names tensors that are not in their files: {_some(absent)}.")
         return tensors
 
+    def weight_bytes(self, part: Part) -> int:
+        """Size of a part's weight files in bytes, which is about what it takes in memory."""
+        files = {path for pattern in FILES[part] for path in self.root.glob(pattern)}
+        return sum(path.stat().st_size for path in files if path.suffix in (".safetensors", ".pt"))
+
     def only_safetensors(self, folder: str) -> Path:
         """The single safetensors file of a sub-folder; releases name it differently."""
         files = sorted((self.root / folder).glob("*.safetensors"))

@@ -22,11 +22,14 @@ class Tokens:
     """
 
     def __init__(self, checkpoint: Checkpoint):
-        from transformers import AutoTokenizer  # seconds to import
+        from transformers import AutoTokenizer, PreTrainedConfig  # seconds to import
 
         self.folder: Path = checkpoint.root
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.root), trust_remote_code=False, local_files_only=True)
+            # an empty config, because the library does not know the backbone's
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                str(checkpoint.root), config=PreTrainedConfig(), trust_remote_code=False, local_files_only=True
+            )
         except Exception as error:  # the library raises whatever its readers raise
             raise CheckpointError(f"The text tokenizer in {checkpoint.root} cannot be read ({error}). Download it again.") from error
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .errors import RequestError
+from .files import replacing
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +73,9 @@ class VQGrid:
 
     def save(self, path: str | Path) -> None:
         """Write the grid as safetensors, its size and codebook in the metadata; whole or not at all."""
-        path = Path(path)
         metadata = {"format": "llada2-vq", "height": str(self.height), "width": str(self.width), "codebook_size": str(self.codebook_size)}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(Path(path)) as partial:
             save_file({"codes": self.codes}, partial, metadata=metadata)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> VQGrid:
@@ -103,3 +98,8 @@ class VQGrid:
         if stated != (grid.height, grid.width):
             raise RequestError(f"{path} states {stated[0]} x {stated[1]} codes and holds {grid.height} x {grid.width}.")
         return grid
+
+
+def picture_seed(seed: int, index: int) -> int:
+    """The seed of picture ``index`` of a batch: ``seed + index``, within 64 bits."""
+    return (seed + index) % 2**64

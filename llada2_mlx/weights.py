@@ -42,10 +42,20 @@ def check_backbone(config: BackboneConfig, tensors: dict[str, TensorInfo], check
 
 
 def compute_type(precision: str, tensors: dict[str, TensorInfo]) -> mx.Dtype:
-    """The type to run in: as asked, or with ``auto`` the type that the checkpoint's embedding is stored in."""
-    if precision == "auto":
-        return _STORED.get(tensors["model.word_embeddings.weight"].dtype, mx.bfloat16)
-    return PRECISIONS[precision]
+    """The type to run in: as asked, or with ``auto`` the one that the embedding is stored in, float32 on a CPU."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    return mx.float32 if _on_cpu() else _STORED.get(tensors["model.word_embeddings.weight"].dtype, mx.bfloat16)
+
+
+def _parameter_type(parameter: str, dtype: mx.Dtype) -> mx.Dtype:
+    """The type to keep a parameter in, in a network of type ``dtype``."""
+    # the router is float32 by design; MLX's CPU backend multiplies experts in no other type
+    return mx.float32 if ".mlp.gate." in parameter or (".switch_mlp." in parameter and _on_cpu()) else dtype
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def load_backbone(checkpoint: Checkpoint, precision: str = "auto") -> Generator[Progress, None, LLaDA2]:
@@ -73,7 +83,9 @@ def load_backbone(checkpoint: Checkpoint, precision: str = "auto") -> Generator[
         read = [files[tensors[name].file].pop(name) for name in names]
         value = mx.stack(read) if len(names) > 1 else read[0]
         del read
-        value = value.astype(mx.float32 if ".mlp.gate." in parameter else dtype)
+        if ".mlp.gate." not in parameter:
+            value = value.astype(dtype)
+        value = value.astype(_parameter_type(parameter, dtype))
         finite = mx.isfinite(value).reshape(len(names), -1).all(axis=-1)
         mx.eval(value, finite)
         if bad := [name for name, ok in zip(names, finite.tolist()) if not ok]:

@@ -213,7 +213,7 @@ def test_encode(golden: Path, image_tokenizer: ImageTokenizer, encode_case: tupl
     with Image.open(golden / "expected" / name) as image:
         prepared = prepare(image, PREPARATIONS[way])
     assert list(prepared.size) == expected["size"]
-    grid = image_tokenizer.encode_prepared(prepared)
+    (grid,) = image_tokenizer.encode_prepared([prepared])
     assert [1, grid.height, grid.width] == expected["grid"]
     assert grid.to_list() == expected["token_ids"]
 
@@ -225,7 +225,7 @@ def test_decode(checkpoint: Checkpoint, latents: dict, decode_case: dict) -> Non
     sampler = Sampler.RENOISE if case["renoise"] else Sampler.ODE
     options = DecodeOptions(case["steps"], case["guidance"], case["seed"], case["resolution_multiplier"], sampler)
     calls = []
-    latent = decoder.sample(grid, options, calls.append)
+    latent = decoder.sample([grid], options, calls.append)
     assert len(calls) == case["model_calls"]
     assert close(decoder.features(grid).numpy(), latents[f"{case['index']}.features"])
     assert close(latent.numpy(), latents[f"{case['index']}.latents"])

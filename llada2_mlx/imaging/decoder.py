@@ -5,8 +5,8 @@ Time runs from 0 (noise) to 1 (picture); the network predicts the velocity.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoint import Checkpoint, Part
 from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
-from ..vq import VQGrid
+from ..vq import VQGrid, picture_seed
 from .device import default_device, has_float64, load_module, read_tensors
 
 TIME_SHIFT = 6.0
@@ -142,33 +142,47 @@ class Decoder:
             codes = codes.repeat_interleave(FEATURE_UPSAMPLING, dim=axis)
         return self.prior(codes).flatten(0, 1)
 
-    @torch.inference_mode()
-    def sample(self, grid: VQGrid, options: DecodeOptions, on_step: OnStep = ignore) -> torch.Tensor:
-        """Denoise one picture: latents [1, 16, height, width] float32.
+    def sample(self, grids: Sequence[VQGrid], options: DecodeOptions, on_step: OnStep = ignore) -> torch.Tensor:
+        """Denoise pictures of one size, one after the other: latents [batch, 16, height, width] float32.
+
+        Picture ``i`` has the noise of ``seed + i``, and is what it would be alone.
 
         Args:
-            on_step: called after each step that the network has done; what it raises ends the work.
+            on_step: called after each network call; what it raises ends the work.
+
+        Raises:
+            RequestError: a grid is of a model with another codebook.
         """
+        conditions = [self.features(grid) for grid in grids]
+        latents = []
+        for index, (grid, condition) in enumerate(zip(grids, conditions, strict=True)):
+
+            def step(progress: Progress, index: int = index) -> None:
+                on_step(Progress(progress.phase, index * progress.total + progress.done, len(grids) * progress.total))
+
+            latents.append(self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step))
+        return torch.stack(latents)
+
+    @torch.inference_mode()
+    def _sample(self, grid: VQGrid, condition: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:
         dtype = self.transformer.dtype
-        condition = self.features(grid).to(dtype)
+        condition = condition.to(dtype)
+        conditions = [condition, torch.zeros_like(condition)] if options.guidance else [condition]
         generator = torch.Generator().manual_seed(options.seed)
         sides = (side * CODE_PIXELS * options.upscale // LATENT_PIXELS for side in (grid.height, grid.width))
         noise = torch.randn(self.transformer.in_channels, 1, *sides, generator=generator).to(self.device)
 
         def velocity(time: torch.Tensor | float, latent: torch.Tensor) -> torch.Tensor:
-            # with guidance, both conditionings as one batch
-            conditions = [condition, torch.zeros_like(condition)] if options.guidance else [condition]
             times = torch.as_tensor(time, dtype=torch.float32, device=self.device).expand(len(conditions))
-            with_dtype = latent.to(dtype)
-            predicted = self.transformer([with_dtype] * len(conditions), times, conditions, return_dict=False)[0]
+            predicted = self.transformer([latent.to(dtype)] * len(conditions), times, conditions, return_dict=False)[0]
             positive, *negative = (p.to(torch.float32) for p in predicted)
-            return guide(positive, negative[0], options.guidance) if negative else positive
+            return guide(positive, *negative, options.guidance) if negative else positive
 
         if options.sampler is Sampler.ODE:
             latent = _integrate(velocity, noise, options, on_step)
         else:
             latent = _renoise(velocity, noise, options.steps, generator, on_step)
-        return latent.to(torch.float32).squeeze(1)[None]
+        return latent.to(torch.float32).squeeze(1)
 
 
 class VAE:
@@ -195,8 +209,9 @@ class VAE:
         """[batch, 16, height, width] -> pixels [batch, 8 height, 8 width, 3], float32 in 0 .. 1, on the CPU."""
         config = self.model.config
         latents = (latents.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor).to(self.model.dtype)
-        pixels = self.model.decode(latents, return_dict=False)[0].to(torch.float32)
-        return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu().contiguous()
+        # one after the other: the memory of a batch would be many times that of its latents
+        pixels = torch.cat([self.model.decode(latent[None], return_dict=False)[0].to("cpu", torch.float32) for latent in latents])
+        return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 
 from ..checkpoint import Checkpoint, Part
 from ..errors import CheckpointError
+from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid
 from .device import default_device, load_module, read_tensors
 from .prepare import Purpose, prepare
@@ -53,15 +57,20 @@ class ImageTokenizer:
         Raises:
             RequestError: the picture is empty or too thin.
         """
-        return self.encode_prepared(prepare(image, purpose))
+        return self.encode_prepared([prepare(image, purpose)])[0]
+
+    def encode_prepared(self, images: Sequence[Image.Image], on_step: OnStep = ignore) -> tuple[VQGrid, ...]:
+        """Encode RGB pictures whose sides are multiples of the patch size (16 px), one after the other: one code a patch."""
+        grids = []
+        for done, image in enumerate(images, 1):
+            grids.append(self._encode(image))
+            on_step(Progress("encoding", done, len(images)))
+        return tuple(grids)
 
     @torch.inference_mode()
-    def encode_prepared(self, image: Image.Image) -> VQGrid:
-        """Encode an RGB picture whose sides are multiples of the patch size (16 px): one code a patch."""
-        weight = self.vision.patch_embed.proj.weight
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-        pixels = pixels.to(self.device, torch.float32) / 255
-        pixels = ((pixels - 0.5) / 0.5).to(weight.dtype)
+    def _encode(self, image: Image.Image) -> VQGrid:
+        pixels = torch.from_numpy(np.array(image)).to(self.device, torch.float32) / 255
+        pixels = ((pixels - 0.5) / 0.5).to(self.vision.dtype)
         patches = rearrange(pixels, "(h p) (w q) c -> (h w) (c p q)", p=self.patch, q=self.patch)
         height, width = image.height // self.patch, image.width // self.patch
         features = self.vision(patches, grid_thw=torch.tensor([[1, height, width]], device=self.device)).last_hidden_state

@@ -1,0 +1,313 @@
+"""``llada2-mlx``: draw, ask about and edit pictures from a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import prompts, tasks
+from .backbone import Backbone
+from .checkpoint import BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve
+from .errors import LLaDA2Error, RequestError
+from .files import replacing
+from .progress import Progress
+from .vq import VQGrid
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .diffusion import Report
+
+SAMPLERS = {"ode": "ODE", "published": "as published"}
+DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
+PURPOSES = {"understand": "understand", "edit": "edit", "edit-published": "edit as published"}
+DEMO_PROMPT = "A red circle on a white table."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except LLaDA2Error as error:
+        print(f"llada2-mlx: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("llada2-mlx: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def t2i(a: argparse.Namespace) -> None:
+    """Draw a picture."""
+    prompts.require_text(a.prompt, "prompt")
+    _writable(a.output, ".png")
+    if a.codes:
+        _writable(a.codes, ".safetensors")
+    checkpoint = resolve(a.model, Part.BACKBONE, *_decoder_parts(a))
+    options = _decode_options(a)
+    drawing = _text_to_vq(a, Backbone(checkpoint, a.precision))
+    if a.codes:
+        drawing.grid.save(a.codes)
+    _decode(a, checkpoint, drawing.grid, options)
+    _tell(drawing.report)
+
+
+def understand(a: argparse.Namespace) -> None:
+    """Answer a question about a picture."""
+    prompts.require_text(a.question, "question")
+    checkpoint = resolve(a.model, Part.BACKBONE, Part.IMAGE_TOKENIZER)
+    backbone = Backbone(checkpoint, a.precision)
+    grid = _encode(a, checkpoint, "understand")
+    with _Bars() as on_step:
+        answer = tasks.understand(backbone, grid, a.question, a.max_new_tokens, on_step=on_step, **_sampling(a))
+    print(answer.text)
+    _tell(answer.report)
+
+
+def edit(a: argparse.Namespace) -> None:
+    """Change a picture as an instruction says."""
+    prompts.require_text(a.instruction, "instruction")
+    _writable(a.output, ".png")
+    checkpoint = resolve(a.model, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
+    options, backbone = _decode_options(a), Backbone(checkpoint, a.precision)
+    grid = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit")
+    with _Bars() as on_step:
+        drawing = tasks.edit(backbone, grid, a.instruction, a.guidance, a.image_guidance, a.rescale, on_step=on_step, **_sampling(a))
+    _decode(a, checkpoint, drawing.grid, options)
+    _tell(drawing.report)
+
+
+def encode(a: argparse.Namespace) -> None:
+    """Turn a picture into codes."""
+    _writable(a.output, ".safetensors")
+    grid = _encode(a, resolve(a.model, Part.IMAGE_TOKENIZER), a.purpose)
+    grid.save(a.output)
+    print(f"{a.output}: {grid}")
+
+
+def decode(a: argparse.Namespace) -> None:
+    """Turn codes into a picture."""
+    _writable(a.output, ".png")
+    options, grid = _decode_options(a), VQGrid.load(a.codes)
+    _decode(a, resolve(a.model, *_decoder_parts(a)), grid, options)
+
+
+def info(a: argparse.Namespace) -> None:
+    """Say what a model folder holds."""
+    checkpoint = resolve(a.model)
+    print(f"folder: {checkpoint.root}")
+    for part in Part:
+        missing = checkpoint.missing(part)
+        print(f"{part.value}: {'missing ' + ', '.join(missing) if missing else 'complete'}")
+    if not checkpoint.missing(Part.BACKBONE):
+        backbone = Backbone(checkpoint, a.precision)
+        print(f"weights: {backbone.size / 1e9:.2f} GB in {backbone.dtype}".replace("mlx.core.", ""))
+        print(f"draws: {checkpoint.image_size} x {checkpoint.image_size} pixels unless told otherwise")
+        print(json.dumps(asdict(backbone.config), indent=1))
+
+
+def demo(a: argparse.Namespace) -> None:
+    """Draw a picture, ask about it and edit it, into a folder."""
+    folder = Path(a.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = str(folder / "picture.png")
+    common = ["--model", a.model]
+    for command in (
+        ["t2i", DEMO_PROMPT, "--output", picture],
+        ["understand", picture, "What is in the picture?", "--max-new-tokens", "32"],
+        ["edit", picture, "Make the circle blue.", "--output", str(folder / "edited.png")],
+    ):
+        print("$ llada2-mlx", " ".join(f"'{word}'" if " " in word else word for word in command))
+        arguments = _parser().parse_args([command[0], *common, *command[1:]])
+        arguments.command(arguments)
+    if a.model == str(BUILT_IN):
+        print("The built-in model has random weights, so the pictures are noise and the answer means nothing.")
+
+
+class _Bars:
+    """Progress bars, one a phase: an ``OnStep`` to use in a ``with`` block."""
+
+    def __enter__(self) -> _Bars:
+        self.phase, self.bar = None, None
+        return self
+
+    def __call__(self, progress: Progress) -> None:
+        from tqdm import tqdm
+
+        if self.phase != progress.phase:
+            self._close()
+            self.phase, self.bar = progress.phase, tqdm(total=progress.total, desc=progress.phase, leave=False, disable=None)
+        self.bar.total = progress.total
+        self.bar.update(progress.done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _text_to_vq(a: argparse.Namespace, backbone: Backbone) -> tasks.Drawing:
+    with _Bars() as on_step:
+        return tasks.text_to_vq(backbone, a.prompt, a.width, a.height, a.guidance, a.rescale, on_step=on_step, **_sampling(a))
+
+
+def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str) -> VQGrid:
+    from .imaging import load_part
+    from .imaging.prepare import Purpose
+
+    image = _open(a.image)
+    return load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a)).encode(image, Purpose(PURPOSES[purpose]))
+
+
+def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    from .imaging import load_part
+    from .imaging.pixels import to_images
+
+    part, _ = DECODERS[a.decoder]
+    with _Bars() as on_step:
+        latents = load_part(checkpoint, part, _device(a)).sample([grid], options, on_step)
+    (image,) = to_images(load_part(checkpoint, Part.VAE, _device(a)).decode(latents))
+    parameters = {key: value for key, value in vars(a).items() if key != "command" and value is not None}
+    parameters |= {"decoder_steps": options.steps, "version": version("comfyui-llada2-mlx")}
+    metadata = PngInfo()
+    metadata.add_itxt("parameters", json.dumps(parameters, default=str, ensure_ascii=False))
+    with replacing(Path(a.output)) as partial:
+        image.save(partial, format="PNG", pnginfo=metadata)
+    print(f"{a.output}: {image.width} x {image.height} pixels")
+
+
+def _open(path: str) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise RequestError(f"There is no picture {path}.") from None
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be read as a picture ({error}).") from None
+    return image
+
+
+def _writable(path: str, suffix: str) -> None:
+    """Say before the work, not after it, that a file cannot be written."""
+    target = Path(path)
+    if target.suffix.lower() != suffix:
+        raise RequestError(f"The output {path} has to end in {suffix}.")
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise RequestError(f"The output {path} cannot be written: its folder has to exist.")
+
+
+def _decoder_parts(a: argparse.Namespace) -> tuple[Part, Part]:
+    return DECODERS[a.decoder][0], Part.VAE
+
+
+def _decode_options(a: argparse.Namespace):
+    from .imaging.decoder import DecodeOptions, Sampler
+
+    steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
+    return DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, Sampler(SAMPLERS[a.sampler]), a.solver)
+
+
+def _sampling(a: argparse.Namespace) -> dict:
+    """The options of ``diffusion.Sampling`` that the command has."""
+    from .diffusion import Sampling
+
+    return {field.name: getattr(a, field.name) for field in fields(Sampling) if hasattr(a, field.name)}
+
+
+def _device(a: argparse.Namespace):
+    import torch
+
+    try:
+        return torch.device(a.device) if a.device else None
+    except RuntimeError:
+        raise RequestError(f"There is no device {a.device!r}; use mps, cuda or cpu.") from None
+
+
+def _tell(report: Report) -> None:
+    print(f"{report.blocks} blocks, {report.steps} steps, {report.positions} positions, {report.seconds:.1f} s", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    common.add_argument("--model", default=str(BUILT_IN), help=f"a model folder, or a hub id such as {HUB_MODEL}; the built-in one if left out")
+    common.add_argument("--precision", default="auto", choices=("auto", "bf16", "float32"), help="of the backbone; auto: as stored")
+    common.add_argument("--device", help="where PyTorch runs: mps, cuda or cpu; the first that there is if left out")
+
+    sampling = argparse.ArgumentParser(add_help=False)
+    sampling.add_argument("--seed", type=int, default=0, help="of the decoder's noise, and of the tokens above temperature 0")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
+    sampling.add_argument("--top-k", type=int, default=0, help="above temperature 0: how many candidates stay (0: all)")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="above temperature 0: the probability that stays")
+    sampling.add_argument("--block-length", type=int, default=32, help="positions in a block")
+    sampling.add_argument("--threshold", type=float, default=0.95, help="a candidate more probable than this is accepted at once")
+
+    guided = argparse.ArgumentParser(add_help=False)
+    guided.add_argument("--rescale", type=float, default=0.7, help="of guided logits, 0 to 1")
+    guided.add_argument("--steps", type=int, default=8, help="denoising steps for a block")
+
+    decoding = argparse.ArgumentParser(add_help=False)
+    decoding.add_argument("-o", "--output", default="picture.png", help="the PNG file to write (default: picture.png)")
+    decoding.add_argument("--decoder", choices=DECODERS, default="turbo", help="default: turbo")
+    decoding.add_argument("--decoder-steps", type=int, help="default: 50 full, 8 turbo")
+    decoding.add_argument("--decoder-guidance", type=float, default=1.0, help="1: as published, 0: none (default: 1)")
+    decoding.add_argument("--sampler", choices=SAMPLERS, default="ode", help="published: fresh noise at each step (default: ode)")
+    decoding.add_argument("--solver", default="euler", help="torchdiffeq's method for the ODE (default: euler)")
+    decoding.add_argument("--upscale", type=int, default=2, choices=(1, 2), help="size of the picture over the tokenizer's (default: 2)")
+
+    parser = argparse.ArgumentParser(prog="llada2-mlx", description=__doc__)
+    parser.add_argument("--version", action="version", version=version("comfyui-llada2-mlx"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(command, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__, parents=[common, *parents])
+        subparser.set_defaults(command=command)
+        return subparser
+
+    p = add(t2i, sampling, guided, decoding)
+    p.add_argument("prompt")
+    p.add_argument("--width", type=int, default=0, help="pixels; 0: the model's own")
+    p.add_argument("--height", type=int, default=0, help="pixels; 0: the model's own")
+    p.add_argument("--guidance", type=float, default=2.0, help="1: none")
+    p.add_argument("--codes", help="also write the codes to this .safetensors file")
+
+    p = add(understand, sampling)
+    p.add_argument("image")
+    p.add_argument("question")
+    p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
+    p.add_argument("--max-new-tokens", type=int, default=2048)
+
+    p = add(edit, sampling, guided, decoding)
+    p.add_argument("image")
+    p.add_argument("instruction")
+    p.add_argument("--guidance", type=float, default=4.0, help="of the text")
+    p.add_argument("--image-guidance", type=float, default=0.0, help="0: none")
+    p.add_argument("--published-crop", action="store_true", help="crop the middle of the picture without scaling it first")
+
+    p = add(encode)
+    p.add_argument("image")
+    p.add_argument("-o", "--output", default="codes.safetensors")
+    p.add_argument("--purpose", choices=PURPOSES, default="understand")
+
+    p = add(decode, decoding)
+    p.add_argument("codes")
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
+
+    add(info)
+    add(demo).add_argument("folder", nargs="?", default="demo")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""ComfyUI nodes: schemas and wiring. The work is in ``llada2_mlx``, ComfyUI's runtime in ``host``."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .backbone import LoadLLaDA2Backbone
+from .generate import LLaDA2Edit, LLaDA2TextToVQ
+from .understand import LLaDA2Understand
+from .vq import SigLIPVQEncode, ZImageDecode
+
+
+class LLaDA2Extension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadLLaDA2Backbone, SigLIPVQEncode, LLaDA2TextToVQ, LLaDA2Understand, LLaDA2Edit, ZImageDecode]

@@ -1,0 +1,42 @@
+"""LoadLLaDA2Backbone: a model folder -> a handle on its language model."""
+
+from comfy_api.latest import io
+
+from . import host
+from .sockets import BackboneSocket, model_input
+
+
+class LoadLLaDA2Backbone(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadLLaDA2Backbone",
+            display_name="Load LLaDA2 Backbone (MLX)",
+            category="LLaDA2",
+            description="Opens the LLaDA2.0-Uni language model, which draws, reads and edits pictures as codes. "
+            "Its weights are read when a node first uses them, and let go when ComfyUI needs the memory.",
+            search_aliases=["llada", "llada2", "mlx", "load model", "diffusion language model", "checkpoint loader"],
+            inputs=[
+                model_input("language model"),
+                io.Combo.Input(
+                    "precision",
+                    options=["auto", "bf16", "float32"],
+                    default="auto",
+                    tooltip="auto: what the model is stored in (float32 where MLX runs on the CPU). bf16 takes half of float32's memory.",
+                ),
+            ],
+            outputs=[BackboneSocket.Output("backbone", tooltip="For the text-to-VQ, understand and edit nodes.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model: str) -> bool | str:
+        return host.check_model(model, "BACKBONE")
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, precision: str) -> float:
+        return host.fingerprint(model)
+
+    @classmethod
+    @host.explains_imports
+    def execute(cls, model: str, precision: str) -> io.NodeOutput:
+        return io.NodeOutput(host.backbone(model, precision))

@@ -1,0 +1,144 @@
+"""LLaDA2TextToVQ and LLaDA2Edit: the nodes that draw."""
+
+from comfy_api.latest import io
+
+from . import host
+from .sockets import BackboneSocket, VQSocket, block_inputs, seed_input, temperature_input
+
+_STEPS = "Denoising steps for each block of tokens. More is slower and can be better; 8 to 16 are usual."
+_SEED = "Only matters above temperature 0: at 0 the codes are the same for every seed, and the decoder's seed makes the variation."
+_VQ_OUT = "The picture as codes, for ZImage Decode or LLaDA2 Understand."
+
+
+class LLaDA2TextToVQ(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LLaDA2TextToVQ",
+            display_name="LLaDA2 Text to VQ",
+            category="LLaDA2",
+            description="Draws a picture from a text, as a grid of codes. ZImage Decode turns the codes into pixels.",
+            search_aliases=["llada", "text to image", "t2i", "generate image", "block diffusion", "sampler"],
+            inputs=[
+                BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True, default="", tooltip="What to draw, in any language."),
+                io.Int.Input(
+                    "width", default=0, min=0, max=8128, step=64, tooltip="Width of the decoded picture in pixels; 0 is the model's own size."
+                ),
+                io.Int.Input(
+                    "height", default=0, min=0, max=8128, step=64, tooltip="Height of the decoded picture in pixels; 0 is the model's own size."
+                ),
+                io.Int.Input("steps", default=8, min=1, max=256, tooltip=_STEPS),
+                io.Float.Input(
+                    "guidance",
+                    default=2.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="How strongly to follow the prompt; 1 is none and takes half the work.",
+                ),
+                seed_input(_SEED),
+                temperature_input(),
+                *block_inputs(guided=True),
+            ],
+            outputs=[VQSocket.Output("vq", tooltip=_VQ_OUT)],
+        )
+
+    @classmethod
+    def validate_inputs(cls, prompt: str | None = None, width: int | None = None, height: int | None = None) -> bool | str:
+        for name, side in (("width", width), ("height", height)):
+            if side and not (256 <= side <= 8128 and side % 64 == 0):
+                return f"The {name} is {side}; it has to be 0 (the model's own size) or a multiple of 64 from 256 to 8128 pixels."
+        return host.check_text(prompt, "prompt")
+
+    @classmethod
+    @host.explains_imports
+    def execute(
+        cls, backbone, prompt, width, height, steps, guidance, seed, temperature, block_length, threshold, rescale
+    ) -> io.NodeOutput:
+        from ..llada2_mlx import prompts, tasks
+
+        prompts.require_text(prompt, "prompt")
+        on_step = host.progress()
+        drawing = tasks.text_to_vq(
+            backbone.get(on_step),
+            prompt,
+            width,
+            height,
+            guidance,
+            rescale,
+            on_step,
+            steps=steps,
+            seed=seed,
+            temperature=temperature,
+            block_length=block_length,
+            threshold=threshold,
+        )
+        return io.NodeOutput((drawing.grid,))
+
+
+class LLaDA2Edit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LLaDA2Edit",
+            display_name="LLaDA2 Edit",
+            category="LLaDA2",
+            description="Changes a picture as an instruction says. The picture comes as codes from SigLIP-VQ Encode with purpose edit, "
+            "and the result has its size. Every picture of a batch is edited.",
+            search_aliases=["llada", "edit image", "instruction", "image to image", "img2img", "change picture"],
+            inputs=[
+                BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
+                VQSocket.Input("vq", tooltip="The picture to change, from SigLIP-VQ Encode with purpose edit."),
+                io.String.Input("instruction", multiline=True, dynamic_prompts=True, default="", tooltip="What to change, in any language."),
+                io.Int.Input("steps", default=8, min=1, max=256, tooltip=_STEPS),
+                io.Float.Input(
+                    "text_guidance", default=4.0, min=0.0, max=30.0, step=0.1, tooltip="How strongly to follow the instruction; 1 is none."
+                ),
+                io.Float.Input(
+                    "image_guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="How strongly to keep to the source picture; 0 is none, above 0 takes half as much work again.",
+                ),
+                seed_input(_SEED + " In a batch, picture i uses seed + i."),
+                temperature_input(),
+                *block_inputs(guided=True),
+            ],
+            outputs=[VQSocket.Output("vq", tooltip=_VQ_OUT)],
+        )
+
+    @classmethod
+    def validate_inputs(cls, instruction: str | None = None) -> bool | str:
+        return host.check_text(instruction, "instruction")
+
+    @classmethod
+    @host.explains_imports
+    def execute(
+        cls, backbone, vq, instruction, steps, text_guidance, image_guidance, seed, temperature, block_length, threshold, rescale
+    ) -> io.NodeOutput:
+        from ..llada2_mlx import prompts, tasks
+        from ..llada2_mlx.vq import picture_seed
+
+        prompts.require_text(instruction, "instruction")
+        edited = []
+        for index, grid in enumerate(vq):
+            on_step = host.progress(index, len(vq))
+            drawing = tasks.edit(
+                backbone.get(on_step),
+                grid,
+                instruction,
+                text_guidance,
+                image_guidance,
+                rescale,
+                on_step,
+                steps=steps,
+                seed=picture_seed(seed, index),
+                temperature=temperature,
+                block_length=block_length,
+                threshold=threshold,
+            )
+            edited.append(drawing.grid)
+        return io.NodeOutput(tuple(edited))

@@ -1,0 +1,69 @@
+"""The custom socket types, and inputs that several nodes have."""
+
+from comfy_api.latest import io
+
+from . import host
+
+# A ``host.ManagedPart`` whose value is a ``llada2_mlx.backbone.Backbone``.
+BackboneSocket = io.Custom("LLADA2_BACKBONE")
+# A batch: a tuple of ``llada2_mlx.vq.VQGrid`` of one size.
+VQSocket = io.Custom("LLADA2_VQ")
+
+
+def model_input(what: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        "model",
+        options=host.model_names(),
+        tooltip=f"Whose {what} to use: a folder under models/llada2, the built-in model, or the hub's, which is downloaded on first use.",
+    )
+
+
+def seed_input(effect: str) -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip=effect)
+
+
+def temperature_input() -> io.Float.Input:
+    return io.Float.Input(
+        "temperature",
+        default=0.0,
+        min=0.0,
+        max=10.0,
+        step=0.05,
+        tooltip="0 always takes the most probable token. Above 0 tokens are drawn at random; higher is wilder.",
+    )
+
+
+def block_inputs(*, guided: bool) -> list[io.Input]:
+    """The advanced inputs of a generation."""
+    inputs = [
+        io.Int.Input(
+            "block_length",
+            default=32,
+            min=1,
+            max=1024,
+            advanced=True,
+            tooltip="Tokens that are denoised together. The model was trained with 32.",
+        ),
+        io.Float.Input(
+            "threshold",
+            default=0.95,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="A token more probable than this is accepted at once. Lower is faster and rougher.",
+        ),
+    ]
+    if guided:
+        inputs.append(
+            io.Float.Input(
+                "rescale",
+                default=0.7,
+                min=0.0,
+                max=1.0,
+                step=0.05,
+                advanced=True,
+                tooltip="How far guidance is scaled back to the spread of the unguided prediction; it changes the order in which tokens settle.",
+            )
+        )
+    return inputs

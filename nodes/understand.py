@@ -1,0 +1,60 @@
+"""LLaDA2Understand: a picture and a question -> an answer."""
+
+from comfy_api.latest import io
+
+from . import host
+from .sockets import BackboneSocket, VQSocket, block_inputs, seed_input, temperature_input
+
+
+class LLaDA2Understand(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LLaDA2Understand",
+            display_name="LLaDA2 Understand",
+            category="LLaDA2",
+            description="Answers a question about a picture. The picture comes as codes from SigLIP-VQ Encode with purpose understand; "
+            "a batch gives a list of answers. The answer shows as it grows.",
+            search_aliases=["llada", "vqa", "caption", "describe image", "image to text", "question", "interrogate"],
+            inputs=[
+                BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
+                VQSocket.Input("vq", tooltip="The picture, from SigLIP-VQ Encode with purpose understand."),
+                io.String.Input("question", multiline=True, default="Describe this image in detail.", tooltip="What you want to know."),
+                io.Int.Input("steps", default=32, min=1, max=256, tooltip="Denoising steps for each block of tokens. Fewer is faster and rougher."),
+                io.Int.Input("max_new_tokens", default=2048, min=1, max=8192, tooltip="The answer's length at most; it ends by itself before."),
+                seed_input("Only matters above temperature 0. In a batch, picture i uses seed + i."),
+                temperature_input(),
+                *block_inputs(guided=False),
+            ],
+            outputs=[io.String.Output("text", is_output_list=True, tooltip="The answer, or one for each picture of a batch.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, question: str | None = None) -> bool | str:
+        return host.check_text(question, "question")
+
+    @classmethod
+    @host.explains_imports
+    def execute(cls, backbone, vq, question, steps, max_new_tokens, seed, temperature, block_length, threshold) -> io.NodeOutput:
+        from ..llada2_mlx import prompts, tasks
+        from ..llada2_mlx.vq import picture_seed
+
+        prompts.require_text(question, "question")
+        answers = []
+        for index, grid in enumerate(vq):
+            on_step = host.progress(index, len(vq))
+            answer = tasks.understand(
+                backbone.get(on_step),
+                grid,
+                question,
+                max_new_tokens,
+                on_step,
+                host.progress_text(),
+                steps=steps,
+                seed=picture_seed(seed, index),
+                temperature=temperature,
+                block_length=block_length,
+                threshold=threshold,
+            )
+            answers.append(answer.text)
+        return io.NodeOutput(answers)

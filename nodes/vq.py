@@ -1,0 +1,119 @@
+"""SigLIPVQEncode and ZImageDecode: between pixels and codes."""
+
+from comfy_api.latest import io
+
+from . import host
+from .sockets import VQSocket, model_input, seed_input
+
+_PURPOSES = ["understand", "edit", "edit as published"]
+_SOLVERS = ["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5", "bosh3", "adaptive_heun"]
+_SAMPLERS = ["ODE", "as published"]
+_PARTS = {"full": "DECODER", "turbo": "DECODER_TURBO"}
+
+
+class SigLIPVQEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SigLIPVQEncode",
+            display_name="SigLIP-VQ Encode",
+            category="LLaDA2",
+            description="Turns pictures into codes that LLaDA2 reads. Choose what for: the sizes differ. A batch gives a batch.",
+            search_aliases=["llada", "image tokenizer", "encode image", "image to vq", "siglip", "vae encode"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture, or a batch. Transparent parts become white."),
+                model_input("image tokenizer"),
+                io.Combo.Input(
+                    "purpose",
+                    options=_PURPOSES,
+                    default="understand",
+                    tooltip="understand: the picture's own size, at most 800 x 800 pixels of area. "
+                    "edit: scaled to cover the nearest size of about 512 x 512, then cropped. "
+                    "edit as published: cropped without scaling, so that a large photo loses all but its middle.",
+                ),
+            ],
+            outputs=[VQSocket.Output("vq", tooltip="The picture as codes, for LLaDA2 Understand, LLaDA2 Edit or ZImage Decode.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model: str) -> bool | str:
+        return host.check_model(model, "IMAGE_TOKENIZER")
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_) -> float:
+        return host.fingerprint(model)
+
+    @classmethod
+    @host.explains_imports
+    def execute(cls, image, model, purpose) -> io.NodeOutput:
+        from ..llada2_mlx.imaging.pixels import to_images
+        from ..llada2_mlx.imaging.prepare import Purpose, prepare
+
+        prepared = [prepare(picture, Purpose(purpose)) for picture in to_images(image)]
+        tokenizer = host.image_part(model, "IMAGE_TOKENIZER").get(host.progress())
+        return io.NodeOutput(tokenizer.encode_prepared(prepared, host.progress()))
+
+
+class ZImageDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        solver = io.Combo.Input("solver", options=_SOLVERS, default="euler", tooltip="How the ODE is solved. euler calls the network once a step.")
+        full = [io.Int.Input("steps", default=50, min=2, max=1000, tooltip="Points of time; euler calls the network once less."), solver]
+        turbo = [
+            io.Int.Input("steps", default=8, min=2, max=1000, tooltip="Points of time; the ODE calls the network once less."),
+            io.Combo.Input(
+                "sampler",
+                options=_SAMPLERS,
+                default="ODE",
+                tooltip="ODE: clean at 8 steps. as published: fresh noise at every step, which can give stripes; set guidance to 0 for it.",
+            ),
+        ]
+        return io.Schema(
+            node_id="ZImageDecode",
+            display_name="ZImage Decode",
+            category="LLaDA2",
+            description="Turns codes into pictures with the model's diffusion decoder. "
+            "Another seed gives a variation of the same picture, without drawing the codes again.",
+            search_aliases=["llada", "decode vq", "vq to image", "z-image", "diffusion decoder", "vae decode"],
+            inputs=[
+                VQSocket.Input("vq", tooltip="Codes from LLaDA2 Text to VQ, LLaDA2 Edit or SigLIP-VQ Encode."),
+                model_input("decoder"),
+                io.DynamicCombo.Input(
+                    "decoder",
+                    options=[io.DynamicCombo.Option("full", full), io.DynamicCombo.Option("turbo", turbo)],
+                    tooltip="full: best, 50 steps. turbo: distilled to 8 steps.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.1,
+                    tooltip="How strongly to follow the codes. 1 is as published for the full decoder; 0 is none and takes half the work.",
+                ),
+                seed_input("Of the decoder's noise. One seed gives one picture on every machine; in a batch, picture i uses seed + i."),
+                io.Int.Input(
+                    "upscale", default=2, min=1, max=2, tooltip="2: twice the size that the tokenizer sees (32 pixels per code). 1: its size."
+                ),
+            ],
+            outputs=[io.Image.Output("image", tooltip="The pictures.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model: str, decoder) -> bool | str:
+        return host.check_model(model, _PARTS[decoder["decoder"]], "VAE")
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_) -> float:
+        return host.fingerprint(model)
+
+    @classmethod
+    @host.explains_imports
+    def execute(cls, vq, model, decoder, guidance, seed, upscale) -> io.NodeOutput:
+        from ..llada2_mlx.imaging.decoder import DecodeOptions, Sampler
+
+        sampler = Sampler(decoder.get("sampler", "ODE"))
+        options = DecodeOptions(decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"))
+        on_step = host.progress()
+        latents = host.image_part(model, _PARTS[decoder["decoder"]]).get(on_step).sample(vq, options, on_step)
+        return io.NodeOutput(host.image_part(model, "VAE").get(on_step).decode(latents))

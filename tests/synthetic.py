@@ -1,0 +1,179 @@
+"""Complete checkpoints in the real layout, of any size, with random weights.
+
+``python tests/synthetic.py DIR`` writes the small one that the pack ships as its built-in default.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from mlx.utils import tree_flatten
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+
+from llada2_mlx.config import BackboneConfig
+from llada2_mlx.model import LLaDA2
+from llada2_mlx.weights import published_names
+
+SPECIAL = (
+    "<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", "<|mask|>", "<|role_end|>", "<|image|>", "<|/image|>", "<boi>",
+    "<think>", "</think>", "<role>", "</role>",
+)  # fmt: skip
+SIZES = (*range(8, 36, 2), *range(36, 256))  # grid sides that have a token, as in the published vocabulary
+
+BACKBONE = BackboneConfig(
+    vocab_size=512 + 256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    rope_theta=600000,
+    partial_rotary_factor=0.5,
+    max_position_embeddings=8192,
+    num_experts=16,
+    num_shared_experts=1,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+    image_token_offset=512,
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the parts are. ``image_size`` is what the checkpoint states as its own, in pixels."""
+
+    backbone: BackboneConfig = BACKBONE
+    image_size: int = 256
+    vision_width: int = 32
+    vision_layers: int = 1
+    code_width: int = 16
+    feature_width: int = 32
+    decoder_width: int = 32
+    decoder_layers: int = 1
+    vae_widths: tuple[int, ...] = (8, 8, 8, 8)
+
+
+def write_checkpoint(folder: Path, sizes: Sizes = Sizes(), seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a checkpoint with all its parts; returns ``folder``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        write_backbone(folder, sizes, dtype)
+        write_image_tokenizer(folder, sizes, dtype)
+        write_decoder(folder / "decoder", sizes, dtype)
+        write_decoder(folder / "decoder-turbo", sizes, dtype)
+        write_vae(folder / "vae", sizes, dtype)
+    return folder
+
+
+def write_backbone(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
+    config = sizes.backbone
+    tensors = {}
+    for parameter, value in tree_flatten(LLaDA2(config).parameters()):
+        names = published_names(parameter, value.shape)
+        shape = value.shape[1:] if len(names) > 1 else value.shape
+        for name in names:
+            norm, bias = name.endswith("norm.weight"), name.endswith("expert_bias")
+            tensors[name] = torch.ones(shape) if norm else torch.randn(shape) * (0.01 if bias else shape[-1] ** -0.5)
+    save(folder / "model.safetensors", tensors, dtype)
+    published = {"model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "hidden_act": "silu", "image_size": sizes.image_size}
+    write_json(folder / "config.json", published | asdict(config))
+    write_tokenizer(folder, config.image_token_offset)
+
+
+def write_tokenizer(folder: Path, text_ids: int) -> None:
+    """One id a byte, then the special tokens and the size tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: number for number, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [*SPECIAL, *(f"<|reserved_token_{size}|>" for size in SIZES)]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    assert tokenizer.get_vocab_size() <= text_ids, "the text vocabulary is too small for the special tokens"
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+    write_json(folder / "tokenizer_config.json", names | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
+
+
+def write_image_tokenizer(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
+    from transformers import GlmImageVisionConfig, GlmImageVisionModel, GlmImageVQVAE, GlmImageVQVAEConfig
+
+    codes = sizes.backbone.codebook_size
+    vision = {"hidden_size": sizes.vision_width, "intermediate_size": 2 * sizes.vision_width, "num_heads": 2, "depth": sizes.vision_layers}
+    vision |= {"patch_size": 16, "image_size": 256, "in_channels": 3, "hidden_act": "gelu", "attention_bias": True}
+    quantiser = {"num_embeddings": codes, "embed_dim": sizes.code_width, "latent_channels": sizes.vision_width, "in_channels": 3}
+    modules = {
+        "model.visual.": GlmImageVisionModel(GlmImageVisionConfig(**vision)),
+        "model.vqmodel.": GlmImageVQVAE(GlmImageVQVAEConfig(**quantiser)),
+    }
+    tensors = {prefix + name: tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()}
+    path = folder / "image_tokenizer"
+    save(path / "image_tokenizer.safetensors", tensors, dtype)
+    write_json(path / "config.json", {"model_type": "glm_image", "vision_config": vision, "vq_config": quantiser})
+    write_json(path / "preprocessor_config.json", {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    width = sizes.feature_width
+    prior = {
+        "prior_token_embedding.weight": torch.randn(codes, width),
+        "prior_projector.net.0.proj.weight": torch.randn(width, width) * width**-0.5,
+        "prior_projector.net.0.proj.bias": torch.zeros(width),
+        "prior_projector.net.2.weight": torch.randn(width, width) * width**-0.5,
+        "prior_projector.net.2.bias": torch.zeros(width),
+    }
+    torch.save({name: tensor.to(dtype) for name, tensor in prior.items()}, path / "sigvq_embedding.pt")
+
+
+def write_decoder(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
+    from diffusers import ZImageTransformer2DModel
+
+    heads, width = 2, sizes.decoder_width
+    config = {"dim": width, "n_heads": heads, "n_kv_heads": heads, "n_layers": sizes.decoder_layers, "n_refiner_layers": 1}
+    config |= {"axes_dims": [width // heads // 2, width // heads // 4, width // heads // 4], "axes_lens": [1536, 512, 512], "in_channels": 16}
+    module = ZImageTransformer2DModel(**config, cap_feat_dim=sizes.feature_width)
+    randomise(module)
+    tensors = {name.replace("cap_embedder", "semantic_embedder"): tensor for name, tensor in module.state_dict().items()}
+    save(folder / "decoder_model.safetensors", tensors, dtype)
+    # the published config states another width than its weights have, and the loader has to read the weights
+    write_json(folder / "config.json", {"_class_name": "ZImageTransformer2DModel", **config, "cap_feat_dim": 2560})
+
+
+def write_vae(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
+    from diffusers import AutoencoderKL
+
+    blocks = len(sizes.vae_widths)
+    config = {"block_out_channels": list(sizes.vae_widths), "latent_channels": 16, "layers_per_block": 1, "norm_num_groups": 4}
+    config |= {"down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks}
+    config |= {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": True}
+    module = AutoencoderKL(**config)
+    save(folder / "diffusion_pytorch_model.safetensors", module.state_dict(), dtype)
+    write_json(folder / "config.json", {"_class_name": "AutoencoderKL", **config})
+
+
+def randomise(module: nn.Module) -> None:
+    """Give the parameters that diffusers leaves at zero a value, so that nothing is switched off."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_checkpoint(Path(sys.argv[1]))
