@@ -1,15 +1,13 @@
-"""A backbone that can be used from any thread: one checkpoint, its tokenizer, and a thread of its own for MLX.
+"""A backbone that can be used from any thread: one checkpoint, its tokenizer, and a worker for MLX.
 
-MLX streams belong to threads: an array that is not yet evaluated can be evaluated only where it was made.
-So everything that touches an array, loading included, runs on one worker thread, step by step; the caller
-waits for each step and gets its progress in his own thread, where he may raise to end the work.
+Everything that touches an array, loading included, runs on the worker's thread, step by step; the caller waits
+for each step and gets its progress in his own thread, where he may raise to end the work.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
@@ -18,6 +16,7 @@ from .checkpoint import Checkpoint, Part
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
 from .tokens import Tokens
+from .worker import MLXWorker
 
 T = TypeVar("T")
 Steps = Generator[Progress, None, T]
@@ -42,11 +41,11 @@ class Backbone:
             raise RequestError(f"The precision is {precision!r}; it has to be one of auto, {', '.join(PRECISIONS)}.")
         self.checkpoint, self.precision = checkpoint.require(Part.BACKBONE), precision
         self.config = checkpoint.config
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx")
+        self._worker = MLXWorker()
         self._model = None
         self._loading = threading.Lock()
         tensors = checkpoint.backbone_tensors()
-        self._thread.submit(check_backbone, self.config, tensors, checkpoint).result()
+        self._worker.call(check_backbone, self.config, tensors, checkpoint)
         self.dtype = compute_type(precision, tensors)
         self.size = sum(prod(info.shape) for info in tensors.values()) * self.dtype.size
 
@@ -77,7 +76,7 @@ class Backbone:
         import mlx.core as mx
 
         self._model = None
-        self._thread.submit(mx.clear_cache).result()
+        self._worker.call(mx.clear_cache)
 
     def run(self, job: Callable[..., Steps[T]], *args: Any, on_step: OnStep = ignore, **options: Any) -> T:
         """``job(network, *args, **options)``, step by step, with the weights loaded.
@@ -98,9 +97,9 @@ class Backbone:
 
         try:
             while True:
-                progress, result = self._thread.submit(advance).result()
+                progress, result = self._worker.call(advance)
                 if progress is None:
                     return result
                 on_step(progress)
         finally:
-            self._thread.submit(steps.close).result()
+            self._worker.call(steps.close)

@@ -295,7 +295,7 @@ class _Batched:
         self.rows = model.config.vocab_size - first_row
         self.span, self.mask = None, None
         if guidance.rescale:
-            mx.eval(model.head_covariance)
+            _ = model.head_covariance  # made now, not in the first step
 
     def prefill(self, tokens: mx.array, end: int) -> Generator[int, None, None]:
         """Put the prompt's blocks into the cache, all but the last ``PREFILL`` positions, which the first step takes along."""

@@ -209,4 +209,6 @@ def _covariance(weight: mx.array, chunk: int = 16384) -> mx.array:
         centred = weight[start : start + chunk].astype(mx.float32) - total / rows
         outer = outer + centred.T @ centred
         mx.eval(outer)
-    return outer / (rows - 1)
+    covariance = outer / (rows - 1)
+    mx.eval(covariance)
+    return covariance

@@ -1,0 +1,51 @@
+"""A thread of its own for MLX.
+
+MLX streams belong to threads: an array that is not yet evaluated can be evaluated only where it was made. And a
+thread that used MLX has to clear its streams before it ends, or the process aborts at exit (ml-explore/mlx#4373).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread, current_thread
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class MLXWorker:
+    """Runs calls one after the other on one thread, which ends with this object or with the process."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue = SimpleQueue()
+        self._thread = Thread(target=_serve, args=(self._calls,), name="mlx", daemon=True)
+        self._thread.start()
+        weakref.finalize(self, _stop, self._calls, self._thread)
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """``function(*args)`` on the worker's thread; waits for it, and raises what it raises."""
+        future: Future[T] = Future()
+        self._calls.put((future, function, args))
+        return future.result()
+
+
+def _serve(calls: SimpleQueue) -> None:
+    import mlx.core as mx
+
+    while (call := calls.get()) is not None:
+        future, function, args = call
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # whatever it is, it belongs to the caller
+            future.set_exception(error)
+        del call, future, function, args  # they may hold arrays
+    mx.clear_streams()
+
+
+def _stop(calls: SimpleQueue, thread: Thread) -> None:
+    calls.put(None)
+    if thread is not current_thread():
+        thread.join()
