@@ -119,7 +119,7 @@ def understand(
     def step(progress: Progress) -> None:
         on_step(progress)
         if on_text and progress.generated:
-            on_text(readable(backbone, progress.generated))
+            on_text(readable(backbone, progress.generated[:max_new_tokens]))
 
     method = {"method": options.pop("method")} if "method" in options else {}
     vocabulary = Vocabulary(tokens.mask, end=tokens.end)

@@ -35,7 +35,9 @@ class Tokens:
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         self.image_offset = checkpoint.config.image_token_offset
         self.codebook_size = checkpoint.config.codebook_size
-        if lacking := [token for token in _NEEDED if token not in self._vocabulary]:
+        stated = _stated_tokens(checkpoint)
+        # the library gives a token that is only named in tokenizer_config.json a new id, which the model never saw
+        if lacking := [token for token in _NEEDED if stated.get(token) is None or stated[token] != self._vocabulary.get(token)]:
             raise CheckpointError(
                 f"The text tokenizer in {checkpoint.root} has no token {', '.join(lacking)}; it is not of a LLaDA2.0-Uni model."
             )
@@ -78,6 +80,15 @@ class Tokens:
     def codes_to_ids(self, codes: list[int]) -> list[int]:
         """Token ids of image codes."""
         return [self.image_offset + code for code in codes]
+
+
+def _stated_tokens(checkpoint: Checkpoint) -> dict[str, int]:
+    """Tokens and ids as the files of a tokenizer state them."""
+    content, config = checkpoint.json("tokenizer.json"), checkpoint.json("tokenizer_config.json")
+    vocabulary = content.get("model", {}).get("vocab") or {}
+    stated = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    stated |= {token["content"]: int(number) for number, token in (config.get("added_tokens_decoder") or {}).items()}
+    return stated | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
 
 
 def _ranges(sides: tuple[int, ...]) -> str:

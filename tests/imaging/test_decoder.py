@@ -1,0 +1,155 @@
+"""The decoder: seeds, batches, solvers, and devices without double precision. Parity is in test_parity.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llada2_mlx.checkpoint import BUILT_IN, Checkpoint, Part
+from llada2_mlx.errors import RequestError
+from llada2_mlx.imaging import decoder as module
+from llada2_mlx.imaging.decoder import ADAPTIVE_SOLVERS, FIXED_SOLVERS, SOLVERS, VAE, DecodeOptions, Decoder, Sampler, guide, ode_times
+from llada2_mlx.progress import Progress
+from llada2_mlx.vq import VQGrid
+
+CPU = torch.device("cpu")
+OPTIONS = DecodeOptions(steps=3, upscale=1)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder(Checkpoint(BUILT_IN), Part.DECODER_TURBO, CPU)
+
+
+def grid(seed: int = 0, codes: int = 256) -> VQGrid:
+    return VQGrid(np.random.default_rng(seed).integers(0, codes, (8, 10)), codes)
+
+
+def test_one_seed_one_picture(decoder: Decoder) -> None:
+    sample = lambda seed: decoder.sample([grid()], replace(OPTIONS, seed=seed))
+    assert torch.equal(sample(5), sample(5))
+    assert not torch.equal(sample(5), sample(6))
+    assert torch.isfinite(sample(2**64 - 1)).all()
+
+
+def test_a_picture_of_a_batch_is_what_it_is_alone(decoder: Decoder) -> None:
+    batch = decoder.sample([grid(0), grid(1), grid(0)], replace(OPTIONS, seed=7))
+    assert batch.shape == (3, 16, 16, 20) and batch.dtype == torch.float32
+    for index, own in enumerate((grid(0), grid(1), grid(0))):
+        assert torch.equal(batch[index : index + 1], decoder.sample([own], replace(OPTIONS, seed=7 + index)))
+
+
+@pytest.mark.parametrize("upscale", [1, 2])
+def test_the_size_of_the_picture(decoder: Decoder, upscale: int) -> None:
+    latents = decoder.sample([grid(), grid()], replace(OPTIONS, upscale=upscale))
+    pixels = VAE(Checkpoint(BUILT_IN), CPU).decode(latents)
+    assert pixels.shape == (2, 128 * upscale, 160 * upscale, 3)
+    assert pixels.dtype == torch.float32 and 0 <= pixels.min() < pixels.max() <= 1
+
+
+def test_torch_seed_is_left_alone(decoder: Decoder) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    decoder.sample([grid()], replace(OPTIONS, sampler=Sampler.RENOISE))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_goes_to_the_same_picture(decoder: Decoder, solver: str) -> None:
+    calls: list[Progress] = []
+    fine = decoder.sample([grid()], replace(OPTIONS, steps=60, guidance=0.0))
+    options = replace(OPTIONS, steps=12, guidance=0.0, solver=solver)
+    latents = decoder.sample([grid()], options, calls.append)
+    assert (latents - fine).norm() < 0.12 * fine.norm()
+    if solver in FIXED_SOLVERS:
+        assert len(calls) == 11 * FIXED_SOLVERS[solver] == calls[-1].total
+    else:
+        assert solver in ADAPTIVE_SOLVERS and calls[-1].done == calls[-1].total
+
+
+def test_the_time_grid_runs_from_noise_to_picture() -> None:
+    times = ode_times(5, CPU)
+    assert times.tolist() == pytest.approx([0, 0.25 / 4.75, 0.5 / 3.5, 0.75 / 2.25, 1])
+
+
+def test_guidance_is_scaled_down_and_never_up() -> None:
+    positive, negative = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0])
+    assert guide(positive, negative, 1.0).norm() == pytest.approx(5.0)
+    assert guide(positive, positive * 2, 1.0).tolist() == [0.0, 0.0]
+    assert guide(positive, positive * 1.5, 1.0).tolist() == pytest.approx([1.5, 2.0])
+
+
+def test_without_guidance_the_network_sees_one_conditioning(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    forward = decoder.transformer.forward
+    monkeypatch.setattr(decoder.transformer, "forward", lambda x, *rest, **options: (sizes.append(len(x)), forward(x, *rest, **options))[1])
+    decoder.sample([grid()], replace(OPTIONS, guidance=0.0))
+    decoder.sample([grid()], OPTIONS)
+    assert sizes == [1, 1, 2, 2]
+
+
+def test_a_step_that_raises_ends_the_work(decoder: Decoder) -> None:
+    calls = []
+
+    def cancel(progress: Progress) -> None:
+        calls.append(progress)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decoder.sample([grid()], replace(OPTIONS, steps=9), cancel)
+    assert len(calls) == 2
+
+
+def test_a_grid_of_another_model_is_refused_before_any_step(decoder: Decoder) -> None:
+    calls = []
+    with pytest.raises(RequestError, match="a model with 128 codes; the decoder of builtin knows 256"):
+        decoder.sample([grid(), grid(codes=128)], OPTIONS, calls.append)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 1}, {"steps": 0, "sampler": Sampler.RENOISE}, {"guidance": -1}, {"upscale": 3}, {"solver": "best"}, {"seed": -1}, {"seed": 2**64}]
+)
+def test_options_out_of_range_are_refused(options: dict) -> None:
+    with pytest.raises(RequestError):
+        DecodeOptions(**options)
+
+
+class Doubles(TorchDispatchMode):
+    """Collects the operations that give double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype in (torch.float64, torch.complex128):
+            self.found.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("options", [*({"solver": solver} for solver in (*FIXED_SOLVERS, "dopri5")), {"sampler": Sampler.RENOISE}], ids=str)
+def test_no_double_precision_where_the_device_has_none(decoder: Decoder, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_float64", lambda device: False)
+    options = replace(OPTIONS, guidance=0.0, **options)
+    decoder.sample([grid()], OPTIONS)  # diffusers makes its rotary table once, in double precision on the CPU
+    with Doubles() as doubles:
+        single = decoder.sample([grid()], options)
+    # the published sampler's noise is drawn in double precision, on the CPU
+    drawn = {"aten.randn.generator"} if options.sampler is Sampler.RENOISE else set()
+    assert set(doubles.found) <= drawn
+    monkeypatch.undo()
+    assert torch.allclose(single, decoder.sample([grid()], options), rtol=1e-2, atol=1e-2)
+
+
+def test_the_published_sampler_calls_the_network_once_a_step(decoder: Decoder) -> None:
+    calls = []
+    decoder.sample([grid()], replace(OPTIONS, steps=4, sampler=Sampler.RENOISE), calls.append)
+    assert [call.done for call in calls] == [1, 2, 3, 4]

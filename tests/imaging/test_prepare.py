@@ -1,0 +1,120 @@
+"""Pictures of every kind and shape."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pictures import noise
+
+from llada2_mlx.errors import RequestError
+from llada2_mlx.imaging.pixels import to_images
+from llada2_mlx.imaging.prepare import Purpose, centre_crop, edit_size, prepare, to_rgb, understand_size
+
+
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [
+        ((300, 200), (288, 192)),
+        ((16, 16), (128, 128)),  # scaled up to the smallest area
+        ((1, 1), (128, 128)),
+        ((4000, 3000), (896, 672)),  # scaled down to the largest
+        ((800, 800), (800, 800)),
+        ((48, 400), (64, 384)),  # 1.5 rounds to the even 2, 12.5 to 12
+    ],
+)
+def test_the_size_to_understand_at(size: tuple[int, int], target: tuple[int, int]) -> None:
+    assert understand_size(*size) == target
+
+
+@pytest.mark.parametrize(("size", "target"), [((1000, 1000), (512, 512)), ((1600, 900), (672, 384)), ((400, 100), (1024, 256)), ((1, 9000), (256, 1024))])
+def test_the_size_to_edit_at(size: tuple[int, int], target: tuple[int, int]) -> None:
+    assert edit_size(*size) == target
+
+
+def test_editing_scales_the_picture_and_as_published_does_not() -> None:
+    photo = Image.new("RGB", (2000, 2000), "red")
+    photo.paste("blue", (744, 744, 1256, 1256))  # the middle 512 x 512
+    scaled, cropped = (np.array(prepare(photo, purpose)) for purpose in (Purpose.EDIT, Purpose.EDIT_PUBLISHED))
+    assert (cropped == (0, 0, 255)).all()
+    assert (scaled[0, 0] == (255, 0, 0)).all() and (scaled[256, 256] == (0, 0, 255)).all()
+    assert np.mean((scaled == (0, 0, 255)).all(-1)) == pytest.approx(0.256**2, rel=0.05)
+
+
+def test_a_small_picture_is_padded_as_published_and_fills_otherwise() -> None:
+    small = Image.new("RGB", (64, 64), "red")
+    published, ours = (np.array(prepare(small, purpose)) for purpose in (Purpose.EDIT_PUBLISHED, Purpose.EDIT))
+    assert (published[:64, :64] == (255, 0, 0)).all() and not published[64:].any() and not published[:, 64:].any()
+    assert ours.shape == (512, 512, 3) and (ours == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize(("size", "crop"), [((720, 500), (736, 512)), ((750, 500), (768, 512)), ((500, 720), (512, 736)), ((704, 500), (704, 512))])
+def test_a_crop_that_comes_out_larger_than_its_target(size: tuple[int, int], crop: tuple[int, int]) -> None:
+    # 720 x 500 has the target 704 x 512; covering it takes 737 x 512, and the published crop keeps every whole step of that
+    prepared = prepare(noise(*size), Purpose.UNDERSTAND)
+    assert prepared.size == crop
+    scaled = noise(*size).resize([round(side * max(512 / 500, 704 / 720)) for side in size], Image.Resampling.BICUBIC)
+    assert prepared.tobytes() == centre_crop(scaled, *crop).tobytes()
+
+
+@pytest.mark.parametrize("purpose", list(Purpose))
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_every_mode(mode: str, purpose: Purpose) -> None:
+    image = Image.new("RGB", (200, 160), "white").convert(mode if mode not in ("I;16", "I", "F") else "L")
+    if mode == "I;16":
+        image = Image.fromarray(np.full((160, 200), 65535, np.uint16))
+    elif mode in ("I", "F"):
+        image = image.convert(mode)
+    prepared = prepare(image, purpose)
+    assert prepared.mode == "RGB"
+    assert np.array(prepared)[8, 8].min() >= 250
+
+
+def test_transparent_parts_become_white() -> None:
+    image = Image.new("RGBA", (200, 200), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 100, 200))
+    image.paste((0, 0, 0, 128), (0, 0, 10, 10))
+    rgb = np.array(to_rgb(image))
+    assert (rgb[150, 150] == 255).all() and (rgb[150, 50] == (255, 0, 0)).all()
+    assert rgb[5, 5] == pytest.approx([127] * 3, abs=1)
+    palette = image.convert("P")
+    palette.info["transparency"] = palette.getpixel((150, 150))
+    assert (np.array(to_rgb(palette))[150, 150] == 255).all()
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (64, 1))
+    for image in (Image.fromarray(ramp), Image.fromarray(ramp.astype(np.int32)), Image.fromarray(ramp.astype(np.float32))):
+        assert np.array(to_rgb(image))[0, :, 0] == pytest.approx(np.arange(256), abs=1)
+
+
+def test_a_picture_without_pixels_is_refused() -> None:
+    with pytest.raises(RequestError, match="0 x 40 pixels: there is nothing in it"):
+        prepare(Image.new("RGB", (0, 40)), Purpose.UNDERSTAND)
+
+
+@pytest.mark.parametrize("size", [(100, 1000), (2000, 60), (128, 5000)])
+def test_a_thin_picture_is_refused_with_its_grid(size: tuple[int, int]) -> None:
+    with pytest.raises(RequestError, match=rf"{size[0]} x {size[1]} pixels, too thin .* codes"):
+        prepare(Image.new("RGB", size), Purpose.UNDERSTAND)
+    prepare(Image.new("RGB", size), Purpose.EDIT)  # has one of a fixed set of sizes
+
+
+def test_an_off_centre_crop_takes_the_middle() -> None:
+    assert centre_crop(noise(100, 50), 40, 20).tobytes() == noise(100, 50).crop((30, 15, 70, 35)).tobytes()
+
+
+def test_tensors_become_pictures() -> None:
+    batch = torch.rand(2, 5, 7, 3, generator=torch.Generator().manual_seed(0))
+    images = to_images(batch)
+    assert [image.size for image in images] == [(7, 5)] * 2
+    assert np.array(images[1]) / 255 == pytest.approx(batch[1].numpy(), abs=0.5 / 255 + 1e-6)
+    assert to_images(batch[..., :1])[0].mode == "L"
+    assert to_images(torch.rand(1, 5, 7, 4))[0].mode == "RGBA"
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8, 3), (1, 0, 8, 3), (1, 8, 8, 0), (8, 8, 3), (1, 8, 8, 2)])
+def test_tensors_that_are_no_pictures(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError, match="cannot be used"):
+        to_images(torch.zeros(shape))

@@ -1,0 +1,322 @@
+"""Broken and incomplete checkpoints: each an error that names what and where; and how whole ones are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+from safetensors.torch import load_file, save_file
+from synthetic import write_checkpoint
+
+from llada2_mlx import tasks
+from llada2_mlx.backbone import Backbone
+from llada2_mlx.checkpoint import BUILT_IN, Checkpoint, Part, resolve
+from llada2_mlx.errors import CheckpointError, RequestError
+from llada2_mlx.imaging import load_part
+from llada2_mlx.progress import Progress
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the built-in checkpoint, to break."""
+    return Path(shutil.copytree(BUILT_IN, tmp_path / "broken"))
+
+
+def rewrite(path: Path, change: Callable[[dict], None]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def rewrite_json(path: Path, **values) -> None:
+    content = json.loads(path.read_text())
+    content.update(values)
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def hidden_states(network):
+    yield Progress("computing", 1, 1)
+    return np.array(network(mx.arange(64)[None]).astype(mx.float32))
+
+
+def opened(folder: Path) -> Backbone:
+    return Backbone(Checkpoint(folder), "float32")
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no backbone: config.json"):
+        resolve(tmp_path, Part.BACKBONE)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="There is no model folder"):
+        resolve(tmp_path / "nothing" / "here", Part.BACKBONE)
+
+
+@pytest.mark.parametrize(
+    ("part", "gone"),
+    [
+        (Part.BACKBONE, "model*.safetensors"),
+        (Part.BACKBONE, "tokenizer.json"),
+        (Part.IMAGE_TOKENIZER, "image_tokenizer"),
+        (Part.DECODER, "decoder"),
+        (Part.DECODER, "image_tokenizer/sigvq_embedding.pt"),
+        (Part.DECODER_TURBO, "decoder-turbo"),
+        (Part.VAE, "vae/config.json"),
+    ],
+)
+def test_a_missing_part_is_named(folder: Path, part: Part, gone: str) -> None:
+    target = next(folder.glob(gone))
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    with pytest.raises(CheckpointError) as error:
+        resolve(folder, part)
+    assert part.value in str(error.value) and gone in str(error.value) and str(folder) in str(error.value)
+    if part is Part.DECODER_TURBO:
+        resolve(folder, Part.DECODER)  # the others are still there
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    rewrite(folder / "model.safetensors", lambda tensors: tensors.pop(EXPERT))
+    with pytest.raises(CheckpointError, match=f"missing: {EXPERT}"):
+        opened(folder)
+
+
+def test_an_unexpected_tensor_is_named(folder: Path) -> None:
+    rewrite(folder / "model.safetensors", lambda tensors: tensors.update(extra=torch.zeros(2)))
+    with pytest.raises(CheckpointError, match=r"unexpected: extra in model\.safetensors"):
+        opened(folder)
+
+
+def test_a_wrong_shape_is_named(folder: Path) -> None:
+    rewrite(folder / "model.safetensors", lambda tensors: tensors.update({EXPERT: torch.zeros(5, 7)}))
+    with pytest.raises(CheckpointError, match=rf"{EXPERT} in model\.safetensors is \[5, 7\] instead of \[32, 64\]"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(("name", "part"), [
+    ("model.safetensors", Part.BACKBONE),
+    ("image_tokenizer/image_tokenizer.safetensors", Part.IMAGE_TOKENIZER),
+    ("image_tokenizer/sigvq_embedding.pt", Part.DECODER),
+    ("decoder/decoder_model.safetensors", Part.DECODER),
+    ("vae/diffusion_pytorch_model.safetensors", Part.VAE),
+])  # fmt: skip
+@pytest.mark.parametrize("kept", [0.6, 0.0])
+def test_a_truncated_file_is_named(folder: Path, name: str, part: Part, kept: float) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    with pytest.raises(CheckpointError, match="truncated or damaged") as error:
+        opened(folder) if part is Part.BACKBONE else load_part(Checkpoint(folder), part)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", [EXPERT, "model.norm.weight", "model.layers.2.mlp.gate.expert_bias", "lm_head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_reported_at_the_first_pass(folder: Path, name: str, value: float) -> None:
+    rewrite(folder / "model.safetensors", lambda tensors: tensors[name].view(-1)[:1].fill_(value))
+    backbone = opened(folder)  # opening reads no weight
+    with pytest.raises(CheckpointError, match=f"not finite .* in {name}"):
+        tasks.text_to_vq(backbone, "a cat")
+    assert not backbone.loaded
+
+
+@pytest.mark.parametrize(("name", "part", "tensor"), [
+    ("image_tokenizer/image_tokenizer.safetensors", Part.IMAGE_TOKENIZER, "model.visual.blocks.0.norm1.weight"),
+    ("decoder-turbo/decoder_model.safetensors", Part.DECODER_TURBO, "layers.0.attention.to_q.weight"),
+    ("vae/diffusion_pytorch_model.safetensors", Part.VAE, "decoder.conv_in.bias"),
+])  # fmt: skip
+@pytest.mark.parametrize("fault", ["nan", "missing", "unexpected", "shape"])
+def test_faults_in_the_image_parts_are_named(folder: Path, name: str, part: Part, tensor: str, fault: str) -> None:
+    faults = {
+        "nan": lambda tensors: tensors[tensor].fill_(float("nan")),
+        "missing": lambda tensors: tensors.pop(tensor),
+        "unexpected": lambda tensors: tensors.update({tensor + ".extra": torch.zeros(1)}),
+        "shape": lambda tensors: tensors.update({tensor: torch.zeros(1, 2, 3)}),
+    }
+    rewrite(folder / name, faults[fault])
+    with pytest.raises(CheckpointError) as error:
+        load_part(Checkpoint(folder), part)
+    own_name = tensor.removeprefix("model.visual.")
+    assert own_name in str(error.value) and str(folder / name) in str(error.value)
+
+
+def test_a_prior_of_another_model_is_refused(folder: Path) -> None:
+    path = folder / "image_tokenizer/sigvq_embedding.pt"
+    prior = torch.load(path, weights_only=True)
+    prior["prior_projector.net.2.weight"], prior["prior_projector.net.2.bias"] = torch.zeros(48, 32), torch.zeros(48)
+    torch.save(prior, path)
+    with pytest.raises(CheckpointError, match="gives 48 features .* takes 32"):
+        load_part(Checkpoint(folder), Part.DECODER)
+
+
+def test_an_index_without_its_file(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    weight_map = {"lm_head.weight": "model-00001-of-00002.safetensors", EXPERT: "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="lacks model-00002-of-00002.safetensors"):
+        opened(folder)
+
+
+def test_shards_without_an_index(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="no model.safetensors.index.json"):
+        opened(folder)
+
+
+def test_shards_and_one_file_give_the_same(folder: Path) -> None:
+    prompt = "a cat"
+    expected = tasks.text_to_vq(opened(folder), prompt).grid
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, own in shards.items():
+        save_file({name: tensors[name] for name in own}, folder / file)
+    weight_map = {name: file for file, own in shards.items() for name in own}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert tasks.text_to_vq(opened(folder), prompt).grid == expected
+
+
+def test_another_name_of_the_decoder_file(folder: Path) -> None:
+    (folder / "decoder/decoder_model.safetensors").rename(folder / "decoder/model.safetensors")
+    load_part(Checkpoint(folder), Part.DECODER)
+    shutil.copy(folder / "decoder/model.safetensors", folder / "decoder/other.safetensors")
+    with pytest.raises(CheckpointError, match="exactly one"):
+        load_part(Checkpoint(folder), Part.DECODER)
+
+
+def test_a_tokenizer_without_the_mask_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|mask|>", "<|other|>"))
+    backbone = opened(folder)
+    with pytest.raises(CheckpointError, match=r"has no token <\|mask\|>"):
+        tasks.text_to_vq(backbone, "a cat")
+    assert not backbone.loaded
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "qwen3"}'])
+def test_a_config_that_is_none(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="config.json"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": None}, "lacks num_experts"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; only 'silu'"),
+        ({"use_bias": True}, "use_bias = True"),
+        ({"hidden_size": "wide"}, "hidden_size = 'wide'; a number"),
+        ({"n_group": 3}, "num_experts = 16, which 3 does not divide"),
+        ({"image_token_offset": 10_000}, "outside the vocabulary"),
+        ({"num_hidden_layers": 4}, "missing: model.layers.3"),
+    ],
+)
+def test_a_config_that_does_not_fit(folder: Path, change: dict, message: str) -> None:
+    rewrite_json(folder / "config.json", **change)
+    with pytest.raises(CheckpointError, match=message):
+        opened(folder)
+
+
+def test_a_published_config_with_code_in_it_runs_none(folder: Path) -> None:
+    rewrite_json(folder / "config.json", auto_map={"AutoConfig": "configuration_llada2uni_moe.LLaDA2MoeConfig"}, rope_theta=None,
+                 rope_parameters={"rope_type": "default", "rope_theta": 600000, "partial_rotary_factor": 0.5})  # fmt: skip
+    rewrite_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_other.Tokenizer", None]})
+    assert opened(folder).config.rope_theta == 600000
+    assert opened(folder).tokens.encode("a cat")
+
+
+def test_precision(folder: Path) -> None:
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    assert Backbone(Checkpoint(folder), "auto").dtype == (mx.float32 if on_cpu else mx.bfloat16)
+    half, full = Backbone(Checkpoint(folder), "bf16"), Backbone(Checkpoint(folder), "float32")
+    assert half.size * 2 == full.size
+    for backbone, dtype in ((half, mx.bfloat16), (full, mx.float32)):
+        backbone.load()
+        gate = backbone._model.model.layers[1].mlp.gate
+        assert backbone._model.lm_head.weight.dtype == dtype
+        assert gate.weight.dtype == gate.expert_bias.dtype == mx.float32
+    hidden = [backbone.run(hidden_states) for backbone in (half, full)]
+    # the weights are stored in bf16, so that the two differ by rounding, and by experts chosen otherwise at near-ties
+    error = np.linalg.norm(hidden[0] - hidden[1], axis=-1) / np.linalg.norm(hidden[1], axis=-1)
+    assert 0 < np.median(error) < 0.05
+    with pytest.raises(RequestError, match="int3"):
+        Backbone(Checkpoint(folder), "int3")
+
+
+def test_weights_are_read_on_first_use_and_again_after_they_were_let_go(folder: Path) -> None:
+    backbone = opened(folder)
+    assert not backbone.loaded
+    phases = []
+    first = tasks.text_to_vq(backbone, "a cat", on_step=lambda progress: phases.append(progress.phase)).grid
+    assert backbone.loaded and phases[0] == "loading weights"
+    backbone.unload()
+    assert not backbone.loaded
+    assert tasks.text_to_vq(backbone, "a cat").grid == first
+
+
+def test_experts_are_stacked_without_a_second_copy_of_the_model(tmp_path: Path) -> None:
+    from synthetic import BACKBONE, Sizes, write_backbone
+    from dataclasses import replace
+
+    wide = replace(BACKBONE, num_hidden_layers=6, moe_intermediate_size=256, hidden_size=256, intermediate_size=256)
+    tmp_path.joinpath("wide").mkdir()
+    write_backbone(tmp_path / "wide", Sizes(wide), torch.float32)
+    backbone = Backbone(Checkpoint(tmp_path / "wide"), "float32")
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    backbone.load()
+    stack = 4 * 16 * 256 * 256  # one projection of one layer's experts, in bytes
+    assert backbone.size > 12 * stack
+    assert mx.get_active_memory() - before >= 0.99 * backbone.size
+    assert mx.get_peak_memory() - before <= backbone.size + 4 * stack
+
+
+def test_loading_can_be_cancelled(folder: Path) -> None:
+    backbone = opened(folder)
+
+    def cancel(progress) -> None:
+        if progress.done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        backbone.load(cancel)
+    assert not backbone.loaded
+    backbone.load()
+    assert backbone.loaded
+
+
+def test_the_built_in_checkpoint_is_what_the_generator_writes(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path / "again")
+    files = sorted(path.relative_to(BUILT_IN) for path in BUILT_IN.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
+    for path in files:
+        if path.suffix == ".safetensors":
+            built_in, again = load_file(BUILT_IN / path), load_file(written / path)
+            assert {name: tensor.shape for name, tensor in built_in.items()} == {name: tensor.shape for name, tensor in again.items()}
+
+
+def test_names_of_the_published_checkpoint_are_all_known() -> None:
+    """The published index has 14,813 tensors; the network asks for as many with the published config."""
+    from llada2_mlx.config import BackboneConfig
+    from llada2_mlx.model import LLaDA2
+    from llada2_mlx.weights import published_names
+
+    config = BackboneConfig(
+        vocab_size=173568, hidden_size=2048, intermediate_size=5120, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=4,
+        head_dim=128, rms_norm_eps=1e-6, rope_theta=600000, partial_rotary_factor=0.5, max_position_embeddings=8192, num_experts=256,
+        num_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4, routed_scaling_factor=2.5, moe_intermediate_size=512,
+        first_k_dense_replace=1, image_token_offset=157184,
+    )  # fmt: skip
+    names = [name for parameter, value in tree_flatten(LLaDA2(config).parameters()) for name in published_names(parameter, value.shape)]
+    assert len(names) == len(set(names)) == 14813
+    assert config.rotary_dim == 64 and config.codebook_size == 16384

@@ -1,0 +1,112 @@
+"""The command line, as a person uses it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from pictures import noise
+
+from llada2_mlx import cli
+from llada2_mlx.vq import VQGrid
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command in an empty folder: exit status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words: str) -> tuple[int, str, str]:
+        status = cli.main(list(words))
+        return status, *capsys.readouterr()
+
+    return command
+
+
+def test_a_picture_from_a_text_and_its_parameters(run, tmp_path: Path) -> None:
+    status, out, err = run("t2i", "a red circle, 赤い円", "--seed", "3", "--steps", "4", "-o", "red.png", "--codes", "red.safetensors")
+    assert (status, out) == (0, "red.png: 256 x 256 pixels\n")
+    assert "positions" in err
+    with Image.open("red.png") as image:
+        assert image.size == (256, 256)
+        parameters = json.loads(image.text["parameters"])
+    assert parameters["prompt"] == "a red circle, 赤い円"
+    assert (parameters["seed"], parameters["steps"], parameters["decoder_steps"], parameters["decoder"]) == (3, 4, 8, "turbo")
+    assert not list(Path().glob(".*"))  # nothing half-written is left
+
+    # the codes that were kept give the same picture
+    assert run("decode", "red.safetensors", "--seed", "3", "-o", "again.png")[0] == 0
+    with Image.open("red.png") as first, Image.open("again.png") as second:
+        assert first.tobytes() == second.tobytes()
+
+
+def test_a_question(run) -> None:
+    noise(128, 128).save("picture.png")
+    status, out, _ = run("understand", "picture.png", "What is it?", "--max-new-tokens", "16", "--steps", "4")
+    assert status == 0 and out
+
+
+def test_an_edit(run) -> None:
+    noise(300, 260).save("picture.jpg")
+    status, out, _ = run("edit", "picture.jpg", "Make it blue.", "--steps", "1", "--decoder-steps", "2", "--upscale", "1", "-o", "edited.png")
+    assert (status, out) == (0, "edited.png: 544 x 480 pixels\n")
+
+
+def test_to_codes_and_back(run) -> None:
+    noise(128, 160).save("picture.png")
+    assert run("encode", "picture.png", "-o", "codes.safetensors")[1] == "codes.safetensors: VQGrid(10 x 8 codes of 256)\n"
+    assert VQGrid.load("codes.safetensors").codes.shape == (10, 8)
+    for words in (("--decoder", "full", "--decoder-steps", "3"), ("--sampler", "published", "--decoder-guidance", "0"), ("--solver", "midpoint")):
+        assert run("decode", "codes.safetensors", *words, "-o", "back.png")[1] == "back.png: 256 x 320 pixels\n"
+
+
+def test_what_a_model_is(run) -> None:
+    status, out, _ = run("info")
+    assert status == 0 and "turbo decoder: complete" in out and '"num_experts": 16' in out and "256 x 256 pixels" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("t2i", " "), "prompt is empty"),
+        (("understand", "picture.png", ""), "question is empty"),
+        (("edit", "picture.png", ""), "instruction is empty"),
+        (("t2i", "a cat", "--width", "100"), "multiples of 32"),
+        (("t2i", "a cat", "--steps", "0"), "steps is 0"),
+        (("t2i", "a cat", "--guidance", "-1"), "guidance scale is -1"),
+        (("t2i", "a cat", "--solver", "best"), "There is no solver 'best'"),
+        (("t2i", "a cat", "-o", "nowhere/picture.png"), "its folder has to exist"),
+        (("t2i", "a cat", "-o", "picture.jpg"), "has to end in .png"),
+        (("t2i", "a cat", "--device", "abacus"), "There is no device"),
+        (("t2i", "a cat", "--model", "no/such/folder"), "There is no model folder"),
+        (("encode", "missing.png"), "There is no picture missing.png"),
+        (("encode", "text.png"), "cannot be read as a picture"),
+        (("decode", "missing.safetensors"), "There is no file"),
+        (("info", "--model", "."), ""),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(run, words: tuple[str, ...], message: str) -> None:
+    Path("text.png").write_text("no picture")
+    status, _, err = run(*words)
+    if message:
+        assert status == 1 and err.startswith("llada2-mlx: ") and message in err and err.count("\n") == 1
+    assert sorted(path.name for path in Path().iterdir()) == ["text.png"]
+
+
+def test_the_process_ends_well(tmp_path: Path) -> None:
+    """MLX aborts a process whose threads did not clear their streams."""
+    words = ["t2i", "a cat", "--steps", "2", "--decoder-steps", "2", "-o", str(tmp_path / "cat.png")]
+    for status, extra in ((0, []), (1, ["--steps", "0"])):
+        done = subprocess.run([sys.executable, "-m", "llada2_mlx.cli", *words, *extra], capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+
+
+def test_the_demo(run) -> None:
+    status, out, _ = run("demo", "demo")
+    assert status == 0
+    assert {path.name for path in Path("demo").iterdir()} == {"picture.png", "edited.png"}
+    assert "random weights" in out

@@ -1,0 +1,100 @@
+"""The house: who may import whom, and that the pack and its parts stay light to import."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "llada2_mlx"
+MODULES = sorted(path for folder in (LIBRARY, ROOT / "nodes") for path in folder.rglob("*.py"))
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """Absolute names of the modules that a file imports; relative ones begin with a dot."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_library_knows_nothing_of_comfyui_and_the_pack_imports_itself_relatively(path: Path) -> None:
+    names = {name.partition(".")[0] for name in imports(path)}
+    assert "llada2_mlx" not in names and "nodes" not in names  # the pack has another name inside ComfyUI
+    comfy = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server"} & names
+    if path.is_relative_to(LIBRARY):
+        assert not comfy
+    elif path.name != "host.py":
+        assert comfy <= {"comfy_api"}  # schemas; everything else of ComfyUI is behind host
+
+
+def test_arrows_point_one_way() -> None:
+    """Of the library's layers, none imports one above it."""
+    layers = [
+        {"errors", "files", "worker"},
+        {"config", "progress", "vq"},
+        {"checkpoint", "model"},
+        {"weights", "tokens", "guidance"},
+        {"prompts", "diffusion", "backbone", "imaging"},
+        {"tasks"},
+        {"cli"},
+    ]
+    level = {name: number for number, layer in enumerate(layers) for name in layer}
+    for path in LIBRARY.glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        for name in imports(path):
+            if name.startswith(".") and name.strip("."):
+                target = name.strip(".").partition(".")[0]
+                assert level[target] <= level[path.stem], f"{path.name} imports {target}"
+    assert "mlx" not in str(imports(LIBRARY / "prompts.py")) and ".tokens" not in imports(LIBRARY / "model.py")
+
+
+def test_the_pack_imports_without_comfyui_and_in_under_a_second() -> None:
+    code = (
+        "import importlib.util, sys, time; began = time.perf_counter();"
+        f"spec = importlib.util.spec_from_file_location('pack', {str(ROOT / '__init__.py')!r}, submodule_search_locations=[{str(ROOT)!r}]);"
+        "module = importlib.util.module_from_spec(spec); sys.modules['pack'] = module; spec.loader.exec_module(module);"
+        "assert module.comfy_entrypoint; seconds = time.perf_counter() - began;"
+        "heavy = {'torch', 'mlx', 'transformers', 'diffusers', 'numpy'} & set(sys.modules); print(seconds, heavy); assert seconds < 1 and not heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_slow_libraries_wait_until_they_are_needed(path: Path) -> None:
+    assert not {"transformers", "diffusers", "torchdiffeq"} & {name.partition(".")[0] for name in imports(path, top_level=True)}
+
+
+def test_versions_and_requirements_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    version = re.search(r'__version__ = "(.*)"', (LIBRARY / "__init__.py").read_text())[1]
+    assert project["version"] == version
+    norm = lambda line: line.replace('"', "'").strip()
+    wanted = {norm(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")}
+    ours = {norm(line) for line in project["dependencies"]}
+    assert wanted < ours
+    # ComfyUI brings these itself; naming them could move its own
+    assert {re.split(r"[<>=;\[ ]", line)[0] for line in ours - wanted} == {"torch", "numpy", "Pillow", "tqdm"}
+    assert not [line for line in ours if "==" in line.partition(";")[0]]
+
+
+def test_every_workflow_comes_in_both_forms_with_a_thumbnail() -> None:
+    names = {path.stem for path in (ROOT / "workflows" / "api").glob("*.json")}
+    assert len(names) >= 5
+    for suffix in (".json", ".jpg"):
+        assert {path.stem for path in (ROOT / "workflows").glob(f"*{suffix}")} == names
+    for name in names:
+        assert set(json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())) == {"prompt"}

@@ -1,0 +1,96 @@
+"""Grids of codes: what is one, and what comes back from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from llada2_mlx.errors import RequestError
+from llada2_mlx.vq import VQGrid, picture_seed
+
+
+@pytest.fixture
+def grid() -> VQGrid:
+    return VQGrid(np.arange(80, dtype=np.int64).reshape(8, 10), 128)
+
+
+def test_a_grid_is_int32_and_read_only(grid: VQGrid) -> None:
+    assert (grid.height, grid.width, grid.codes.dtype) == (8, 10, np.int32)
+    with pytest.raises(ValueError):
+        grid.codes[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    "codes", [np.zeros((8,), int), np.zeros((0, 8), int), np.zeros((8, 8)), np.zeros((1, 8, 8), int), np.zeros((8, 8), bool), [["a"]]]
+)
+def test_what_is_no_grid(codes) -> None:
+    with pytest.raises(RequestError, match="array of integers"):
+        VQGrid(codes, 128)
+
+
+@pytest.mark.parametrize("code", [-1, 128, 2**40])
+def test_codes_outside_the_codebook(code: int) -> None:
+    with pytest.raises(RequestError, match="the codebook has 0 to 127"):
+        VQGrid(np.full((8, 8), code), 128)
+
+
+def test_the_wrong_number_of_codes() -> None:
+    with pytest.raises(RequestError, match="63 codes"):
+        VQGrid.from_list([0] * 63, 8, 8, 128)
+
+
+def test_a_file_gives_the_grid_back_and_states_its_size(grid: VQGrid, tmp_path: Path) -> None:
+    grid.save(tmp_path / "grid.safetensors")
+    assert VQGrid.load(tmp_path / "grid.safetensors") == grid
+    with safe_open(tmp_path / "grid.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "llada2-vq", "height": "8", "width": "10", "codebook_size": "128"}
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.safetensors"]
+
+
+def test_grids_differ_by_codes_and_by_codebook(grid: VQGrid) -> None:
+    assert grid != VQGrid(grid.codes, 256)
+    assert grid != VQGrid(grid.codes[::-1], 128)
+    assert grid != "grid"
+
+
+def test_bad_files(grid: VQGrid, tmp_path: Path) -> None:
+    path = tmp_path / "grid.safetensors"
+    with pytest.raises(RequestError, match="There is no file"):
+        VQGrid.load(path)
+    grid.save(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RequestError, match="is not a grid of codes"):
+        VQGrid.load(path)
+    save_file({"codes": grid.codes}, path)
+    with pytest.raises(RequestError, match="is not a grid of codes"):
+        VQGrid.load(path)
+    save_file({"codes": grid.codes}, path, {"height": "10", "width": "8", "codebook_size": "128"})
+    with pytest.raises(RequestError, match="states 10 x 8 codes and holds 8 x 10"):
+        VQGrid.load(path)
+    save_file({"codes": grid.codes}, path, {"height": "8", "width": "10", "codebook_size": "16"})
+    with pytest.raises(RequestError, match="the codebook has 0 to 15"):
+        VQGrid.load(path)
+
+
+def test_a_write_that_fails_leaves_what_was_there(grid: VQGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "grid.safetensors"
+    grid.save(path)
+    before = path.read_bytes()
+
+    def half_written(tensors, target, metadata) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("llada2_mlx.vq.save_file", half_written)
+    with pytest.raises(OSError):
+        grid.save(path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["grid.safetensors"]
+
+
+def test_the_seeds_of_a_batch() -> None:
+    assert [picture_seed(2**64 - 1, index) for index in range(2)] == [2**64 - 1, 0]
