@@ -94,8 +94,11 @@ def encode(a: argparse.Namespace) -> None:
 def decode(a: argparse.Namespace) -> None:
     """Turn codes into a picture."""
     _writable(a.output, ".png")
-    options, grid = _decode_options(a), VQGrid.load(a.codes)
-    _decode(a, resolve(a.model, *_decoder_parts(a)), grid, options)
+    from .imaging.decoder import check_grids
+
+    options, grid, checkpoint = _decode_options(a), VQGrid.load(a.codes), resolve(a.model, *_decoder_parts(a))
+    check_grids([grid], checkpoint)
+    _decode(a, checkpoint, grid, options)
 
 
 def info(a: argparse.Namespace) -> None:

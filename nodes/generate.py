@@ -3,10 +3,9 @@
 from comfy_api.latest import io
 
 from . import host
-from .sockets import BackboneSocket, VQSocket, block_inputs, seed_input, temperature_input
+from .sockets import BackboneSocket, VQSocket, block_inputs, temperature_input, token_seed_input
 
 _STEPS = "Denoising steps for each block of tokens. More is slower and can be better; 8 to 16 are usual."
-_SEED = "Only matters above temperature 0: at 0 the codes are the same for every seed, and the decoder's seed makes the variation."
 _VQ_OUT = "The picture as codes, for ZImage Decode or LLaDA2 Understand."
 
 
@@ -37,7 +36,7 @@ class LLaDA2TextToVQ(io.ComfyNode):
                     step=0.1,
                     tooltip="How strongly to follow the prompt; 1 is none and takes half the work.",
                 ),
-                seed_input(_SEED),
+                token_seed_input(),
                 temperature_input(),
                 *block_inputs(guided=True),
             ],
@@ -59,15 +58,14 @@ class LLaDA2TextToVQ(io.ComfyNode):
         from ..llada2_mlx import prompts, tasks
 
         prompts.require_text(prompt, "prompt")
-        on_step = host.progress()
         drawing = tasks.text_to_vq(
-            backbone.get(on_step),
+            backbone,
             prompt,
             width,
             height,
             guidance,
             rescale,
-            on_step,
+            host.progress(),
             steps=steps,
             seed=seed,
             temperature=temperature,
@@ -103,7 +101,7 @@ class LLaDA2Edit(io.ComfyNode):
                     step=0.1,
                     tooltip="How strongly to keep to the source picture; 0 is none, above 0 takes half as much work again.",
                 ),
-                seed_input(_SEED + " In a batch, picture i uses seed + i."),
+                token_seed_input(),
                 temperature_input(),
                 *block_inputs(guided=True),
             ],
@@ -125,15 +123,14 @@ class LLaDA2Edit(io.ComfyNode):
         prompts.require_text(instruction, "instruction")
         edited = []
         for index, grid in enumerate(vq):
-            on_step = host.progress(index, len(vq))
             drawing = tasks.edit(
-                backbone.get(on_step),
+                backbone,
                 grid,
                 instruction,
                 text_guidance,
                 image_guidance,
                 rescale,
-                on_step,
+                host.progress(index, len(vq)),
                 steps=steps,
                 seed=picture_seed(seed, index),
                 temperature=temperature,

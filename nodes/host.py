@@ -21,8 +21,10 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 if TYPE_CHECKING:
-    from ..llada2_mlx.checkpoint import Checkpoint, Part
+    from ..llada2_mlx.backbone import Backbone
+    from ..llada2_mlx.checkpoint import Checkpoint
     from ..llada2_mlx.progress import OnStep, Progress
+    from ..llada2_mlx.tokens import Tokens
 
 BUILT_IN = "Built-in (tiny, random)"
 HUB_MODEL = "inclusionAI/LLaDA2.0-Uni"
@@ -68,15 +70,13 @@ def model_names() -> list[str]:
     return [BUILT_IN, *sorted(_folders()), HUB_MODEL]
 
 
-def checkpoint(model: str, *parts: Part) -> Checkpoint:
-    """The checkpoint behind a name of the list, with ``parts`` in it; the hub's model is downloaded where it is not yet."""
-    from ..llada2_mlx import checkpoint as library
+def checkpoint(model: str, *parts: str) -> Checkpoint:
+    """The checkpoint behind a name of the list, with ``parts`` (names of ``Part``) in it; the hub's model is downloaded where it is not yet."""
+    from ..llada2_mlx.checkpoint import BUILT_IN as built_in
+    from ..llada2_mlx.checkpoint import Part, resolve
 
-    if model == BUILT_IN:
-        return library.Checkpoint(library.BUILT_IN).require(*parts)
-    if folder := _folders().get(model):
-        return library.Checkpoint(folder).require(*parts)
-    return library.resolve(model, *parts)
+    folder = built_in if model == BUILT_IN else _folders().get(model, model)
+    return resolve(folder, *(Part[part] for part in parts))
 
 
 def check_model(model: str | None, *parts: str) -> str | bool:
@@ -85,11 +85,10 @@ def check_model(model: str | None, *parts: str) -> str | bool:
         return True
     if model not in model_names():
         return f"There is no model {model!r}. There are: {', '.join(model_names())}. Put a model folder into models/{_FOLDER}."
-    from ..llada2_mlx.checkpoint import Part
     from ..llada2_mlx.errors import CheckpointError
 
     try:
-        checkpoint(model, *(Part[part] for part in parts))
+        checkpoint(model, *parts)
     except CheckpointError as error:
         return str(error)
     return True
@@ -134,13 +133,13 @@ def progress(item: int = 0, items: int = 1) -> OnStep:
     return step
 
 
-def progress_text() -> Callable[[str], None]:
-    """A function that shows a growing text on the running node."""
+def progress_text() -> Callable[..., None]:
+    """A function that shows a growing text on the running node; with ``final=True`` at once, else not too often."""
     context, last = get_executing_context(), 0.0
 
-    def show(text: str) -> None:
+    def show(text: str, final: bool = False) -> None:
         nonlocal last
-        if context is not None and time.monotonic() - last >= _TEXT_INTERVAL:
+        if context is not None and (final or time.monotonic() - last >= _TEXT_INTERVAL):
             last = time.monotonic()
             PromptServer.instance.send_progress_text(text, context.node_id)
 
@@ -156,14 +155,15 @@ class ManagedPart(ModelPatcher):
     To ComfyUI it is a patcher of an empty module with a size. What it holds is ``value``: all of it or nothing.
 
     Args:
+        name: what a person calls it.
         load: makes the value; called again after it was let go.
         size: bytes that the value takes.
         release: called with the value when it is let go, where dropping it is not enough.
     """
 
-    def __init__(self, load: Callable[[OnStep], Any], size: int, release: Callable[[Any], None] | None = None):
+    def __init__(self, name: str, load: Callable[[OnStep], Any], size: int, release: Callable[[Any], None] | None = None):
         super().__init__(torch.nn.Module(), model_management.get_torch_device(), torch.device("cpu"), size=max(size, 1))
-        self.value: Any = None
+        self.name, self.value = name, None
         self._load, self._release = load, release
         self._on_step: OnStep | None = None
 
@@ -184,7 +184,9 @@ class ManagedPart(ModelPatcher):
 
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         if self.value is None:
+            began = time.perf_counter()
             self.value = self._load(self._on_step)
+            logging.info("ComfyUI-LLaDA2-MLX: %s, %.1f MB, loaded in %.1f s", self.name, self.size / 2**20, time.perf_counter() - began)
         return self.size
 
     def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
@@ -196,39 +198,50 @@ class ManagedPart(ModelPatcher):
             value, self.value = self.value, None
             if self._release:
                 self._release(value)
-            logging.info("ComfyUI-LLaDA2-MLX: %.1f MB let go", self.size / 2**20)
+            logging.info("ComfyUI-LLaDA2-MLX: %s, %.1f MB, let go", self.name, self.size / 2**20)
         return self.model
+
+
+class ManagedBackbone(ManagedPart):
+    """What the backbone socket carries: to ComfyUI a patcher, to ``llada2_mlx.tasks`` a backbone.
+
+    A task checks the request with the tokenizer and the config, and the weights are loaded when it runs the network.
+    """
+
+    def __init__(self, handle: Backbone):
+        def load(on_step: OnStep) -> Backbone:
+            handle.load(on_step)
+            return handle
+
+        super().__init__(f"backbone of {handle.checkpoint.root.name}", load, handle.size, type(handle).unload)
+        self.checkpoint, self.config = handle.checkpoint, handle.config
+        self._handle = handle
+
+    @property
+    def tokens(self) -> Tokens:
+        return self._handle.tokens
+
+    def run(self, job: Callable, *args: Any, on_step: OnStep, **options: Any) -> Any:
+        return self.get(on_step).run(job, *args, on_step=on_step, **options)
 
 
 # The one registry of parts, loaded or not: (kind, folder, options) -> (state of its files, part).
 _parts: dict[tuple, tuple[float, ManagedPart]] = {}
 
 
-def backbone(model: str, precision: str) -> ManagedPart:
-    """The backbone of a model, as the handle that the socket carries. Its files' headers are checked now, its weights read on use."""
+def backbone(model: str, precision: str) -> ManagedBackbone:
+    """The backbone of a model. Its files' headers are checked now, its weights read on use."""
     from ..llada2_mlx.backbone import Backbone
-    from ..llada2_mlx.checkpoint import Part
 
-    found = checkpoint(model, Part.BACKBONE)
-
-    def make() -> ManagedPart:
-        handle = Backbone(found, precision)
-
-        def load(on_step: OnStep) -> Backbone:
-            handle.load(on_step)
-            return handle
-
-        return ManagedPart(load, handle.size, Backbone.unload)
-
-    return _registered(("backbone", found.root, precision), model, make)
+    found = checkpoint(model, "BACKBONE")
+    return _registered(("backbone", found.root, precision), model, lambda: ManagedBackbone(Backbone(found, precision)))
 
 
 def image_part(model: str, part: str) -> ManagedPart:
     """A PyTorch part of a model (a name of ``Part``), on the device that ComfyUI chooses."""
     from ..llada2_mlx.checkpoint import Part
 
-    kind = Part[part]
-    found = checkpoint(model, kind)
+    found, kind = checkpoint(model, part), Part[part]
 
     def load(on_step: OnStep) -> Any:
         from ..llada2_mlx.imaging import load_part
@@ -236,7 +249,7 @@ def image_part(model: str, part: str) -> ManagedPart:
         model_management.throw_exception_if_processing_interrupted()
         return load_part(found, kind, model_management.get_torch_device())
 
-    return _registered((kind, found.root), model, lambda: ManagedPart(load, found.weight_bytes(kind)))
+    return _registered((kind, found.root), model, lambda: ManagedPart(f"{kind.value} of {found.root.name}", load, found.weight_bytes(kind)))
 
 
 def _registered(key: tuple, model: str, make: Callable[[], ManagedPart]) -> ManagedPart:

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from . import host
 
-# A ``host.ManagedPart`` whose value is a ``llada2_mlx.backbone.Backbone``.
+# A ``host.ManagedBackbone``.
 BackboneSocket = io.Custom("LLADA2_BACKBONE")
 # A batch: a tuple of ``llada2_mlx.vq.VQGrid`` of one size.
 VQSocket = io.Custom("LLADA2_VQ")
@@ -18,8 +18,17 @@ def model_input(what: str) -> io.Combo.Input:
     )
 
 
-def seed_input(effect: str) -> io.Int.Input:
-    return io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip=effect)
+def seed_input(effect: str, after: io.ControlAfterGenerate) -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=after, tooltip=effect)
+
+
+def token_seed_input() -> io.Int.Input:
+    """The backbone's seed. It stays fixed by default: at temperature 0 another one would only repeat the work."""
+    effect = (
+        "Only matters above temperature 0: at 0 the codes or the answer are the same for every seed, and a picture is varied by the decoder's "
+        "seed. In a batch, picture i uses seed + i."
+    )
+    return seed_input(effect, io.ControlAfterGenerate.fixed)
 
 
 def temperature_input() -> io.Float.Input:

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from . import host
-from .sockets import BackboneSocket, VQSocket, block_inputs, seed_input, temperature_input
+from .sockets import BackboneSocket, VQSocket, block_inputs, temperature_input, token_seed_input
 
 
 class LLaDA2Understand(io.ComfyNode):
@@ -22,7 +22,7 @@ class LLaDA2Understand(io.ComfyNode):
                 io.String.Input("question", multiline=True, default="Describe this image in detail.", tooltip="What you want to know."),
                 io.Int.Input("steps", default=32, min=1, max=256, tooltip="Denoising steps for each block of tokens. Fewer is faster and rougher."),
                 io.Int.Input("max_new_tokens", default=2048, min=1, max=8192, tooltip="The answer's length at most; it ends by itself before."),
-                seed_input("Only matters above temperature 0. In a batch, picture i uses seed + i."),
+                token_seed_input(),
                 temperature_input(),
                 *block_inputs(guided=False),
             ],
@@ -41,20 +41,21 @@ class LLaDA2Understand(io.ComfyNode):
 
         prompts.require_text(question, "question")
         answers = []
+        show = host.progress_text()
         for index, grid in enumerate(vq):
-            on_step = host.progress(index, len(vq))
             answer = tasks.understand(
-                backbone.get(on_step),
+                backbone,
                 grid,
                 question,
                 max_new_tokens,
-                on_step,
-                host.progress_text(),
+                host.progress(index, len(vq)),
+                show,
                 steps=steps,
                 seed=picture_seed(seed, index),
                 temperature=temperature,
                 block_length=block_length,
                 threshold=threshold,
             )
+            show(answer.text, final=True)
             answers.append(answer.text)
         return io.NodeOutput(answers)

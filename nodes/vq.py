@@ -91,7 +91,10 @@ class ZImageDecode(io.ComfyNode):
                     step=0.1,
                     tooltip="How strongly to follow the codes. 1 is as published for the full decoder; 0 is none and takes half the work.",
                 ),
-                seed_input("Of the decoder's noise. One seed gives one picture on every machine; in a batch, picture i uses seed + i."),
+                seed_input(
+                    "Of the decoder's noise. One seed gives one picture on every machine; in a batch, picture i uses seed + i.",
+                    io.ControlAfterGenerate.randomize,
+                ),
                 io.Int.Input(
                     "upscale", default=2, min=1, max=2, tooltip="2: twice the size that the tokenizer sees (32 pixels per code). 1: its size."
                 ),
@@ -110,10 +113,11 @@ class ZImageDecode(io.ComfyNode):
     @classmethod
     @host.explains_imports
     def execute(cls, vq, model, decoder, guidance, seed, upscale) -> io.NodeOutput:
-        from ..llada2_mlx.imaging.decoder import DecodeOptions, Sampler
+        from ..llada2_mlx.imaging.decoder import DecodeOptions, Sampler, check_grids
 
-        sampler = Sampler(decoder.get("sampler", "ODE"))
+        part, sampler = _PARTS[decoder["decoder"]], Sampler(decoder.get("sampler", "ODE"))
         options = DecodeOptions(decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"))
+        check_grids(vq, host.checkpoint(model, part))
         on_step = host.progress()
-        latents = host.image_part(model, _PARTS[decoder["decoder"]]).get(on_step).sample(vq, options, on_step)
+        latents = host.image_part(model, part).get(on_step).sample(vq, options, on_step)
         return io.NodeOutput(host.image_part(model, "VAE").get(on_step).decode(latents))

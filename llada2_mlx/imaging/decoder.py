@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from ..checkpoint import Checkpoint, Part
 from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed
-from .device import default_device, has_float64, load_module, read_tensors
+from .device import default_device, has_float64, load_module, read_shapes, read_tensors
 
 TIME_SHIFT = 6.0
 FEATURE_UPSAMPLING = 2  # the grid of features has this many times the sides of the grid of codes
@@ -132,11 +133,7 @@ class Decoder:
         Raises:
             RequestError: the grid is of a model with another codebook.
         """
-        if grid.codebook_size != self.codebook_size:
-            raise RequestError(
-                f"The grid was made by a model with {grid.codebook_size} codes; the decoder of {self.name} knows {self.codebook_size}. "
-                "Choose the decoder of the model that made the grid."
-            )
+        _check_codebook(grid, self.codebook_size, self.name)
         codes = torch.from_numpy(grid.codes.astype("int64")).to(self.device)
         for axis in (0, 1):
             codes = codes.repeat_interleave(FEATURE_UPSAMPLING, dim=axis)
@@ -214,6 +211,26 @@ class VAE:
         return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 
+def check_grids(grids: Sequence[VQGrid], checkpoint: Checkpoint) -> None:
+    """Raise ``RequestError`` if a decoder of this checkpoint cannot decode the grids; reads no weights.
+
+    Raises:
+        RequestError: a grid is of a model with another codebook.
+        CheckpointError: the prior is damaged.
+    """
+    codes = read_shapes(_prior_path(checkpoint)).get("prior_token_embedding.weight", (0,))[0]
+    for grid in grids:
+        _check_codebook(grid, codes, checkpoint.root.name)
+
+
+def _check_codebook(grid: VQGrid, codes: int, model: str) -> None:
+    if grid.codebook_size != codes:
+        raise RequestError(
+            f"The grid was made by a model with {grid.codebook_size} codes; the decoder of {model} knows {codes}. "
+            "Choose the decoder of the model that made the grid."
+        )
+
+
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
     """``p + scale (p - n)``, scaled down to the norm of ``p`` if longer. One picture, any shape."""
     guided = positive + scale * (positive - negative)
@@ -258,8 +275,12 @@ def _renoise(velocity: Callable, noise: torch.Tensor, steps: int, generator: tor
     return latent
 
 
+def _prior_path(checkpoint: Checkpoint) -> Path:
+    return checkpoint.root / "image_tokenizer" / "sigvq_embedding.pt"
+
+
 def _load_prior(checkpoint: Checkpoint, device: torch.device) -> SigVQPrior:
-    path = checkpoint.root / "image_tokenizer" / "sigvq_embedding.pt"
+    path = _prior_path(checkpoint)
     tensors = read_tensors(path, device)
     try:
         with torch.device("meta"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,19 +33,35 @@ def read_tensors(path: Path, device: torch.device, dtype: torch.dtype | None = N
     Raises:
         CheckpointError: the file is damaged, or a tensor holds values that are not finite.
     """
-    try:
+    with _explained(path):
         if path.suffix == ".pt":
             tensors = torch.load(path, map_location=device, weights_only=True)
         else:
             tensors = load_file(path, device=str(device))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except Exception as error:  # torch.load raises whatever its reader raises
-        raise CheckpointError(f"{path} cannot be read: it is truncated or damaged ({error}). Download it again.") from error
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
     if bad := [name for name, ok in zip(tensors, finite, strict=True) if not ok]:
         raise CheckpointError(f"{path} holds values that are not finite (NaN or infinity) in {bad[0]}. Download it again.")
     return {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+
+
+def read_shapes(path: Path) -> dict[str, torch.Size]:
+    """Shapes of the tensors in a ``.pt`` state dict, whose values are mapped and not read.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    with _explained(path):
+        return {name: tensor.shape for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()}
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except Exception as error:  # torch.load raises whatever its reader raises
+        raise CheckpointError(f"{path} cannot be read: it is truncated or damaged ({error}). Download it again.") from error
 
 
 def load_module(module: torch.nn.Module, tensors: dict[str, torch.Tensor], where: Path) -> torch.nn.Module:

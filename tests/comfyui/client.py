@@ -1,0 +1,161 @@
+"""A ComfyUI server as a process, and a client of its HTTP and websocket interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import websocket
+
+PACK = "ComfyUI-LLaDA2-MLX"
+WORKFLOWS = Path(__file__).parent.parent.parent / "workflows"
+TEXT_EVENT = 3  # binary websocket message: progress text
+START_TIMEOUT, RUN_TIMEOUT = 180, 300
+
+
+@dataclass
+class Run:
+    """What the server said about one prompt."""
+
+    prompt_id: str
+    outputs: dict[str, Any] = field(default_factory=dict)
+    executed: list[str] = field(default_factory=list)  # ids of the nodes that ran
+    cached: list[str] = field(default_factory=list)
+    progress: list[dict] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)  # node id, text
+    error: dict | None = None
+    interrupted: bool = False
+
+
+class Comfy:
+    """A client of one server."""
+
+    def __init__(self, port: int, base: Path, log: Path):
+        self.address, self.base, self.log_path = f"127.0.0.1:{port}", base, log
+        self.client_id = uuid.uuid4().hex
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=30) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, content: dict) -> Any:
+        """The JSON answer, also where the server refuses."""
+        request = urllib.request.Request(f"http://{self.address}{path}", json.dumps(content).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                body = answer.read()
+        except urllib.error.HTTPError as error:
+            body = error.read()
+        return json.loads(body) if body else None
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def run(self, prompt: dict, on_event: Callable[[str, dict], None] = lambda kind, data: None) -> Run:
+        """Queue a prompt and follow it to its end."""
+        connection = websocket.create_connection(f"ws://{self.address}/ws?clientId={self.client_id}", timeout=RUN_TIMEOUT)
+        try:
+            answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
+            assert "prompt_id" in answer, json.dumps(answer, indent=1)
+            run = Run(answer["prompt_id"])
+            deadline = time.monotonic() + RUN_TIMEOUT
+            while time.monotonic() < deadline:
+                message = connection.recv()
+                if isinstance(message, bytes):
+                    kind, length = struct.unpack(">II", message[:8])
+                    if kind == TEXT_EVENT:
+                        run.texts.append((message[8 : 8 + length].decode(), message[8 + length :].decode()))
+                        on_event("text", {})
+                    continue
+                event = json.loads(message)
+                kind, data = event["type"], event["data"]
+                if data.get("prompt_id") != run.prompt_id:
+                    continue
+                on_event(kind, data)
+                if kind == "executing" and data["node"]:
+                    run.executed.append(data["node"])
+                elif kind == "execution_cached":
+                    run.cached += data["nodes"]
+                elif kind == "progress":
+                    run.progress.append(data)
+                elif kind == "executed":
+                    run.outputs[data["node"]] = data["output"]
+                elif kind in ("execution_error", "execution_interrupted"):
+                    run.error, run.interrupted = data, kind == "execution_interrupted"
+                    return run
+                elif kind == "execution_success":
+                    run.outputs |= self._history(run.prompt_id)["outputs"]
+                    return run
+            raise TimeoutError(f"the prompt did not end in {RUN_TIMEOUT} s")
+        finally:
+            connection.close()
+
+    def _history(self, prompt_id: str) -> dict:
+        """What is kept of a prompt, cached outputs included; it is written a moment after the last event."""
+        for _ in range(100):
+            if history := self.get(f"/history/{prompt_id}"):
+                return history[prompt_id]
+            time.sleep(0.05)
+        raise TimeoutError(f"the prompt {prompt_id} did not get into the history")
+
+    def refused(self, prompt: dict) -> str:
+        """Everything that the server says when it refuses a prompt."""
+        answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
+        assert "prompt_id" not in answer, "the prompt was accepted"
+        return json.dumps(answer, ensure_ascii=False)
+
+    def images(self, run: Run) -> list[Path]:
+        """The files that a run saved."""
+        return [
+            self.base / image["type"] / image["subfolder"] / image["filename"]
+            for output in run.outputs.values()
+            for image in output.get("images", [])
+        ]
+
+
+def workflow(name: str, **changes: dict) -> dict:
+    """A shipped API graph, with inputs of some nodes changed: ``workflow("text_to_image", **{"3": {"seed": 1}})``."""
+    prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())["prompt"]
+    for node, inputs in changes.items():
+        prompt[node]["inputs"] |= inputs
+    return prompt
+
+
+@contextmanager
+def serve(folder: Path, python: Path, base: Path, **environment: str) -> Iterator[Comfy]:
+    """Start a server on a free port and stop it at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = base / f"server-{port}.log"
+    command = [python, "main.py", "--cpu", "--port", str(port), "--base-directory", base, "--disable-auto-launch", "--disable-api-nodes"]
+    command += ["--database-url", "sqlite:///:memory:"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment)
+    client = Comfy(port, base, log)
+    try:
+        for _ in range(2 * START_TIMEOUT):
+            try:
+                client.get("/system_stats")
+                break
+            except OSError:
+                assert process.poll() is None, f"ComfyUI did not start:\n{client.log()}"
+                time.sleep(0.5)
+        else:
+            raise TimeoutError(f"ComfyUI did not start in {START_TIMEOUT} s:\n{client.log()}")
+        yield client
+    finally:
+        process.terminate()
+        process.wait(timeout=30)

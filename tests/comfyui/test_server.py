@@ -1,0 +1,333 @@
+"""The nodes inside a real ComfyUI, over HTTP and websocket."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from client import WORKFLOWS, Comfy, Run, workflow
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from llada2_mlx.checkpoint import BUILT_IN
+
+NODES = ["LoadLLaDA2Backbone", "SigLIPVQEncode", "LLaDA2TextToVQ", "LLaDA2Understand", "LLaDA2Edit", "ZImageDecode"]
+NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+
+
+def ran(run: Run) -> Run:
+    assert run.error is None, run.error
+    return run
+
+
+@pytest.fixture
+def unique(request: pytest.FixtureRequest) -> str:
+    """A prompt that no other test draws, so that nothing of it is cached."""
+    return f"A red circle. ({request.node.name})"
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_node_is_there_and_explains_itself(comfy: Comfy, name: str) -> None:
+    info = comfy.get(f"/object_info/{name}")[name]
+    assert info["category"] == "LLaDA2" and info["description"] and info["search_aliases"] and info["display_name"]
+    assert all(info["output_tooltips"])
+    inputs = {**info["input"]["required"], **info["input"].get("optional", {})}
+    for options in [option["inputs"]["required"] for option in inputs.get("decoder", [0, {"options": []}])[1]["options"]]:
+        inputs |= options
+    assert all(options.get("tooltip") for _, options in inputs.values()), name
+
+
+def test_defaults_are_the_models_own(comfy: Comfy) -> None:
+    default = lambda node, name: comfy.get(f"/object_info/{node}")[node]["input"]["required"][name][1]["default"]
+    assert [default("LLaDA2TextToVQ", name) for name in ("width", "height", "steps", "guidance", "temperature")] == [0, 0, 8, 2.0, 0.0]
+    assert [default("LLaDA2TextToVQ", name) for name in ("block_length", "threshold", "rescale")] == [32, 0.95, 0.7]
+    assert [default("LLaDA2Understand", name) for name in ("steps", "max_new_tokens")] == [32, 2048]
+    assert [default("LLaDA2Edit", name) for name in ("steps", "text_guidance", "image_guidance")] == [8, 4.0, 0.0]
+    assert [default("ZImageDecode", name) for name in ("guidance", "upscale")] == [1.0, 2]
+    options = comfy.get("/object_info/ZImageDecode")["ZImageDecode"]["input"]["required"]["decoder"][1]["options"]
+    steps = {option["key"]: option["inputs"]["required"]["steps"][1]["default"] for option in options}
+    assert steps == {"full": 50, "turbo": 8}
+
+
+def test_the_models_that_are_offered(comfy: Comfy) -> None:
+    for node in ("LoadLLaDA2Backbone", "SigLIPVQEncode", "ZImageDecode"):
+        options = comfy.get(f"/object_info/{node}")[node]["input"]["required"]["model"][1]["options"]
+        assert options == ["Built-in (tiny, random)", "empty", "golden", "partial", "inclusionAI/LLaDA2.0-Uni"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_workflow_runs_to_its_end(comfy: Comfy, name: str) -> None:
+    run = ran(comfy.run(workflow(name)))
+    saves = [node for node in workflow(name).values() if node["class_type"] == "SaveImage"]
+    images = comfy.images(run)
+    assert len(images) == len(saves)
+    for path in images:
+        with Image.open(path) as image:
+            image.load()
+            assert image.width >= 256 and len(set(image.convert("L").tobytes())) > 16  # a picture, not one colour
+    if name == "ask_about_a_picture":
+        (text,) = run.outputs["6"]["text"]
+        assert text
+
+
+def test_the_upscaled_picture_is_twice_as_large(comfy: Comfy) -> None:
+    (path,) = comfy.images(ran(comfy.run(workflow("text_to_image_upscale"))))
+    with Image.open(path) as image:
+        assert image.size == (512, 512)
+
+
+def test_a_second_run_reuses_what_did_not_change(comfy: Comfy, unique: str) -> None:
+    draw = lambda **decode: workflow("text_to_image", **{"2": {"prompt": unique}, "3": decode})
+    first = ran(comfy.run(draw(seed=1)))
+    assert {"2", "3", "4"} <= set(first.executed)
+    again = ran(comfy.run(draw(seed=1)))
+    assert {"1", "2", "3"} <= set(again.cached)
+    other = ran(comfy.run(draw(seed=2)))
+    assert {"1", "2"} <= set(other.cached) and {"3", "4"} <= set(other.executed) and "2" not in other.executed
+    assert comfy.images(first)[0].read_bytes() != comfy.images(other)[0].read_bytes()
+
+
+def test_progress_arrives_for_tokens_and_for_pixels(comfy: Comfy, unique: str) -> None:
+    run = ran(comfy.run(workflow("text_to_image", **{"2": {"prompt": unique}})))
+    for node in ("2", "3"):
+        own = [event for event in run.progress if event["node"] == node]
+        assert own and own[-1]["value"] <= own[-1]["max"]
+
+
+def test_the_answer_grows_on_the_canvas(comfy: Comfy, unique: str) -> None:
+    run = ran(comfy.run(workflow("ask_about_a_picture", **{"5": {"question": unique, "max_new_tokens": 256, "threshold": 1.0}})))
+    texts = [text for node, text in run.texts if node == "5"]
+    assert len(texts) > 1 and len(set(texts)) > 1
+    assert texts[-1] == run.outputs["6"]["text"][0]  # nothing of it is left unfinished
+
+
+def test_cancel_ends_within_a_step_and_the_next_run_works(comfy: Comfy, unique: str) -> None:
+    slow = workflow("edit_a_picture", **{"5": {"instruction": unique, "threshold": 1.0}})
+    asked = []
+
+    def cancel(kind: str, data: dict) -> None:
+        if kind == "progress" and data["node"] == "5" and data["value"] < data["max"] and not asked:
+            asked.append(time.monotonic())
+            comfy.post("/interrupt", {})
+
+    run = comfy.run(slow, cancel)
+    assert asked and run.interrupted and run.error["node_id"] == "5"
+    assert time.monotonic() - asked[0] < 5
+    ran(comfy.run(workflow("text_to_image", **{"2": {"prompt": unique}})))
+
+
+def test_cancel_while_decoding(comfy: Comfy, unique: str) -> None:
+    slow = workflow("text_to_image", **{"3": {"decoder": "full", "decoder.steps": 900, "decoder.solver": "euler"}})
+    slow["3"]["inputs"].pop("decoder.sampler")
+    asked = []
+
+    def cancel(kind: str, data: dict) -> None:
+        if kind == "progress" and data["node"] == "3" and data["max"] > 800 and not asked:
+            asked.append(time.monotonic())
+            comfy.post("/interrupt", {})
+
+    run = comfy.run(slow, cancel)
+    assert run.interrupted and time.monotonic() - asked[0] < 5
+    ran(comfy.run(workflow("text_to_image", **{"3": {"seed": 77}})))
+
+
+@pytest.mark.parametrize(("decoder", "inputs"), [
+    ("full", {"steps": 3, "solver": "midpoint"}),
+    ("turbo", {"steps": 3, "sampler": "as published"}),
+])  # fmt: skip
+def test_both_decoders(comfy: Comfy, decoder: str, inputs: dict) -> None:
+    prompt = workflow("text_to_image")
+    own = prompt["3"]["inputs"]
+    for name in [name for name in own if name.startswith("decoder")]:
+        del own[name]
+    own |= {"decoder": decoder, "upscale": 1} | {f"decoder.{name}": value for name, value in inputs.items()}
+    (path,) = comfy.images(ran(comfy.run(prompt)))
+    with Image.open(path) as image:
+        assert image.size == (128, 128)
+
+
+def test_a_batch_gives_a_batch(comfy: Comfy) -> None:
+    prompt = workflow("ask_about_a_picture", **{"5": {"max_new_tokens": 16}})
+    prompt["7"] = {"class_type": "RepeatImageBatch", "inputs": {"image": ["3", 0], "amount": 2}}
+    prompt["4"]["inputs"]["image"] = ["7", 0]
+    prompt["8"] = {"class_type": "ZImageDecode", "inputs": workflow("text_to_image")["3"]["inputs"] | {"vq": ["4", 0]}}
+    prompt["9"] = {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "llada2/batch"}}
+    run = ran(comfy.run(prompt))
+    assert len(run.outputs["6"]["text"]) == 2  # one answer a picture
+    first, second = comfy.images(run)
+    assert first.read_bytes() != second.read_bytes()  # picture i uses seed + i
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
+    """Nodes, inputs and values that exist, in the order of the widgets, and the same graph as the API file."""
+    editor = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    links = {link[0]: [str(link[1]), link[2]] for link in editor["links"]}
+    graph = {}
+    for node in editor["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        required = comfy.get(f"/object_info/{node['type']}")[node["type"]]["input"]["required"]
+        linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link")}
+        values, inputs, pending = list(node["widgets_values"] or []), {}, list(required.items())
+        while pending:
+            key, (kind, *options) = pending.pop(0)
+            options = options[0] if options else {}
+            if key in linked:
+                inputs[key] = linked.pop(key)
+                continue
+            inputs[key] = value = values.pop(0)
+            if kind == "COMFY_DYNAMICCOMBO_V3":
+                (chosen,) = [option for option in options["options"] if option["key"] == value]
+                pending = [(f"{key}.{own}", spec) for own, spec in chosen["inputs"]["required"].items()] + pending
+            elif isinstance(kind, list) or kind == "COMBO":
+                assert value in (kind if isinstance(kind, list) else options["options"])
+            if options.get("control_after_generate"):
+                assert values.pop(0) == "fixed"
+        assert not linked
+        if node["type"] != "PreviewAny":  # keeps what it showed
+            assert not values
+        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    assert graph == {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in workflow(name).items()}
+    (note,) = [node for node in editor["nodes"] if node["type"] == "MarkdownNote"]
+    needs_a_picture = any(node["class_type"] == "SigLIPVQEncode" for node in graph.values())
+    assert ("Load Image" in note["widgets_values"][0]) == needs_a_picture
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [100, 255, 300, 8192, -64, 64])
+def test_a_bad_size_is_refused_when_queueing(comfy: Comfy, side: int) -> None:
+    for name in ("width", "height"):
+        said = comfy.refused(workflow("text_to_image", **{"2": {name: side}}))
+        assert f"The {name} is {side}; it has to be 0 (the model's own size) or a multiple of 64 from 256 to 8128 pixels." in said
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "inputs", "sentence"),
+    [
+        ("text_to_image", "2", {"prompt": "  "}, "The prompt is empty."),
+        ("ask_about_a_picture", "5", {"question": ""}, "The question is empty."),
+        ("edit_a_picture", "5", {"instruction": "\n"}, "The instruction is empty."),
+        ("text_to_image", "1", {"model": "gone"}, "There is no model 'gone'. There are: Built-in"),
+        ("text_to_image", "1", {"model": "empty"}, "has no backbone"),
+        ("text_to_image", "3", {"model": "partial"}, "has no turbo decoder: decoder-turbo/config.json"),
+        ("picture_codes_picture", "4", {"model": "empty"}, "has no image tokenizer"),
+        ("text_to_image", "2", {"steps": 0}, "smaller than min"),
+        ("text_to_image", "1", {"precision": "int3"}, "not in"),
+    ],
+)
+def test_what_can_be_checked_is_refused_when_queueing(comfy: Comfy, name: str, node: str, inputs: dict, sentence: str) -> None:
+    prompt = workflow(name, **{node: inputs})
+    before = {"edit_a_picture": "7", "picture_codes_picture": "6"}.get(name)
+    prompt.pop(before, None)  # saves the first picture, which nothing is wrong with, and ComfyUI would run that much
+    assert sentence in comfy.refused(prompt)
+
+
+def test_the_other_parts_of_an_incomplete_model_work(comfy: Comfy) -> None:
+    ran(comfy.run(workflow("text_to_image", **{"1": {"model": "partial"}})))
+
+
+def failed(run: Run, node: str) -> str:
+    assert run.error and run.error["node_id"] == node, run.error
+    return run.error["exception_message"]
+
+
+def test_a_size_without_a_token_is_refused_before_any_step(comfy: Comfy) -> None:
+    # the golden tokenizer's sizes end at 64 codes
+    run = comfy.run(workflow("text_to_image", **{"1": {"model": "golden"}, "2": {"width": 2112, "height": 256}}))
+    assert "A grid of 8 x 66 codes (height x width) has no size tokens in the model golden" in failed(run, "2")
+    assert not [event for event in run.progress if event["node"] == "2"]
+
+
+def test_linked_text_is_checked_first_thing_in_the_run(comfy: Comfy) -> None:
+    prompt = workflow("text_to_image")
+    prompt["9"] = {"class_type": "PrimitiveString", "inputs": {"value": " "}}
+    prompt["2"]["inputs"]["prompt"] = ["9", 0]
+    assert "The prompt is empty." in failed(comfy.run(prompt), "2")
+
+
+def test_a_prompt_that_is_too_long(comfy: Comfy) -> None:
+    assert "and the model takes 8192" in failed(comfy.run(workflow("text_to_image", **{"2": {"prompt": "x" * 10_000}})), "2")
+
+
+def test_a_grid_of_another_model_is_refused(comfy: Comfy) -> None:
+    run = comfy.run(workflow("text_to_image", **{"3": {"model": "golden"}}))
+    assert "The grid was made by a model with 256 codes; the decoder of golden knows 128." in failed(run, "3")
+    run = comfy.run(workflow("ask_about_a_picture", **{"4": {"model": "golden"}}))
+    assert "The grid's codes are of a codebook of 128" in failed(run, "5")
+
+
+def test_a_thin_picture_is_refused(comfy: Comfy) -> None:
+    prompt = workflow("ask_about_a_picture")
+    prompt["7"] = {"class_type": "EmptyImage", "inputs": {"width": 16, "height": 1024, "batch_size": 1, "color": 0}}
+    prompt["4"]["inputs"]["image"] = ["7", 0]
+    assert "too thin to understand" in failed(comfy.run(prompt), "4")
+
+
+def test_a_damaged_model_fails_with_a_sentence_and_works_once_it_is_mended(comfy: Comfy) -> None:
+    folder = comfy.base / "models/llada2/damaged"
+    folder.mkdir()
+    for part in BUILT_IN.iterdir():
+        if part.name != "model.safetensors":
+            (folder / part.name).symlink_to(part)
+    prompt = workflow("text_to_image", **{"1": {"model": "damaged"}})
+    weights, file = load_file(BUILT_IN / "model.safetensors"), folder / "model.safetensors"
+
+    file.write_bytes((BUILT_IN / "model.safetensors").read_bytes()[:9000])
+    assert "truncated or damaged" in failed(comfy.run(prompt), "1")
+    norm = "model.layers.2.input_layernorm.weight"
+    save_file(weights | {norm: weights[norm] * float("nan")}, file)
+    assert f"not finite (NaN or infinity) in {norm}" in failed(comfy.run(prompt), "2")
+    save_file(weights, file)
+    ran(comfy.run(prompt))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_free_lets_everything_go_and_the_next_run_loads_it_again(comfy: Comfy, unique: str) -> None:
+    draw = lambda seed: workflow("text_to_image", **{"2": {"prompt": unique, "seed": seed}, "3": {"seed": seed}})
+    ran(comfy.run(draw(1)))
+    before = comfy.log().count("let go")
+    comfy.post("/free", {"unload_models": True})
+    deadline = time.monotonic() + 20
+    while comfy.log().count("let go") < before + 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert comfy.log().count("let go") >= before + 3  # backbone, decoder, VAE
+    ran(comfy.run(draw(2)))  # its handle is still in ComfyUI's cache, its weights are not
+    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    ran(comfy.run(draw(1)))
+
+
+def test_a_new_decoder_seed_loads_nothing(comfy: Comfy, unique: str) -> None:
+    draw = lambda seed: workflow("text_to_image", **{"2": {"prompt": unique}, "3": {"seed": seed}})
+    ran(comfy.run(draw(1)))
+    before = comfy.log().count("let go"), comfy.log().count("loaded in")
+    ran(comfy.run(draw(2)))
+    assert (comfy.log().count("let go"), comfy.log().count("loaded in")) == before
+
+
+# --- start-up -------------------------------------------------------------------------------------------------------
+
+
+def test_the_pack_is_imported_fast(comfy: Comfy) -> None:
+    (line,) = [line for line in comfy.log().splitlines() if "seconds:" in line and "ComfyUI-LLaDA2-MLX" in line]
+    assert "IMPORT FAILED" not in line
+    assert float(line.split(" seconds:")[0].split()[-1]) < 1
+
+
+def test_the_workflows_are_templates_with_thumbnails(comfy: Comfy) -> None:
+    import urllib.request
+
+    assert sorted(comfy.get("/workflow_templates")["ComfyUI-LLaDA2-MLX"]) == NAMES
+    for name in NAMES:
+        with urllib.request.urlopen(f"http://{comfy.address}/api/workflow_templates/ComfyUI-LLaDA2-MLX/{name}.jpg") as answer:
+            assert answer.headers["Content-Type"] == "image/jpeg"
+
+
+def test_the_users_tree_stays_as_it_is(comfyui: tuple[Path, Path]) -> None:
+    assert not list((comfyui[0] / "custom_nodes").glob("*LLaDA2*"))
