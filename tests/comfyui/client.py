@@ -20,7 +20,8 @@ from typing import Any
 import websocket
 
 PACK = "ComfyUI-LLaDA2-MLX"
-WORKFLOWS = Path(__file__).parent.parent.parent / "workflows"
+ROOT = Path(__file__).parent.parent.parent
+WORKFLOWS = ROOT / "workflows"
 TEXT_EVENT = 3  # binary websocket message: progress text
 START_TIMEOUT, RUN_TIMEOUT = 180, 300
 

@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client import PACK, Comfy, serve
+from client import PACK, ROOT, Comfy, serve
 
 from llada2_mlx.checkpoint import BUILT_IN
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,123 @@
+"""Run by test_memory.py in ComfyUI's interpreter: our parts under ComfyUI's model management.
+
+Arguments: the pack's folder, a base directory. The current directory is ComfyUI's.
+"""
+
+import gc
+import importlib.util
+import shutil
+import sys
+import weakref
+from pathlib import Path
+
+pack, base = map(Path, sys.argv[1:3])
+sys.argv = ["main.py", "--cpu", "--base-directory", str(base)]
+sys.path.insert(0, str(Path.cwd()))
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import mlx.core as mx  # noqa: E402
+import torch  # noqa: E402
+from comfy import model_management  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("the_pack", pack / "__init__.py", submodule_search_locations=[str(pack)])
+sys.modules["the_pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["the_pack"])
+
+from the_pack.llada2_mlx import tasks  # noqa: E402
+from the_pack.llada2_mlx.checkpoint import BUILT_IN  # noqa: E402
+from the_pack.nodes import host  # noqa: E402
+
+NOTHING = lambda progress: None  # noqa: E731
+CPU = torch.device("cpu")
+
+
+def free(amount: float) -> None:
+    model_management.free_memory(amount, CPU)
+    gc.collect()
+
+
+def loaded() -> set[str]:
+    return {model.name for model in model_management.loaded_models() if isinstance(model, host.ManagedPart) and model.loaded_size()}
+
+
+# one part, however often it is asked for; weights only when the network runs
+backbone = host.backbone(host.BUILT_IN, "float32")
+assert host.backbone(host.BUILT_IN, "float32") is backbone
+assert host.backbone(host.BUILT_IN, "bf16") is not backbone
+before = mx.get_active_memory()
+tasks.grid_size(backbone, 256, 256)
+assert backbone.loaded_size() == 0 and not loaded()
+drawing = tasks.text_to_vq(backbone, "a cat", on_step=NOTHING)
+assert backbone.loaded_size() == backbone.size and backbone.current_loaded_device() == backbone.load_device
+assert mx.get_active_memory() - before >= 0.9 * backbone.size
+assert loaded() == {"backbone of builtin"}
+
+# running again loads nothing again
+value = backbone.value
+network = weakref.ref(value._model)
+tasks.text_to_vq(backbone, "a dog", on_step=NOTHING)
+assert network() is backbone.value._model
+
+# another part does not push it out while there is room
+decoder = host.image_part(host.BUILT_IN, "DECODER_TURBO")
+assert host.image_part(host.BUILT_IN, "DECODER_TURBO") is decoder
+transformer = weakref.ref(decoder.get(NOTHING))
+assert decoder.get(NOTHING) is transformer()
+assert loaded() == {"backbone of builtin", "turbo decoder of builtin"}
+
+# no memory is needed, so nothing goes
+free(0)
+assert len(loaded()) == 2
+
+# all of it is needed, so everything goes, and really does
+del value
+free(1e30)
+assert not loaded() and network() is None and transformer() is None
+assert mx.get_active_memory() - before < 0.1 * backbone.size
+
+# the handle that a socket holds works again, and gives the same
+assert tasks.text_to_vq(backbone, "a cat", on_step=NOTHING).grid == drawing.grid
+assert loaded() == {"backbone of builtin"}
+model_management.unload_all_models()
+gc.collect()
+assert not loaded()
+
+# a model whose files were replaced is another model, and the old one does not stay
+folder = base / "models" / "llada2" / "replaced"
+shutil.copytree(BUILT_IN, folder)
+old = host.backbone("replaced", "float32")
+tasks.text_to_vq(old, "a cat", on_step=NOTHING)
+time = (folder / "model.safetensors").stat().st_mtime + 10
+__import__("os").utime(folder / "model.safetensors", (time, time))
+assert host.backbone("replaced", "float32") is not old
+assert old.value is None
+
+# a load that fails leaves nothing behind, and the next one works
+weights = (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+(folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights[:5000])
+vae = host.image_part("replaced", "VAE")
+try:
+    vae.get(NOTHING)
+except ValueError as error:
+    assert "truncated" in str(error)
+else:
+    raise AssertionError("a damaged file was loaded")
+assert vae.value is None and not loaded()
+(folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights)
+assert host.image_part("replaced", "VAE").get(NOTHING)
+
+# a cancelled load, too
+def cancel(progress) -> None:
+    raise model_management.InterruptProcessingException
+
+
+try:
+    tasks.text_to_vq(backbone, "a cat", on_step=cancel)
+except model_management.InterruptProcessingException:
+    pass
+assert backbone.value is None
+assert tasks.text_to_vq(backbone, "a cat", on_step=NOTHING).grid == drawing.grid
+print("all is well")
