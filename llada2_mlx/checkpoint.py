@@ -37,9 +37,17 @@ class Part(Enum):
 # Each part's files, as globs from the checkpoint folder: the same list checks a folder and limits a download.
 FILES = {
     Part.BACKBONE: ("config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors"),
-    Part.IMAGE_TOKENIZER: ("image_tokenizer/config.json", "image_tokenizer/preprocessor_config.json", "image_tokenizer/*.safetensors"),
+    Part.IMAGE_TOKENIZER: (
+        "image_tokenizer/config.json",
+        "image_tokenizer/preprocessor_config.json",
+        "image_tokenizer/*.safetensors",
+    ),
     Part.DECODER: ("decoder/config.json", "decoder/*.safetensors", "image_tokenizer/sigvq_embedding.pt"),
-    Part.DECODER_TURBO: ("decoder-turbo/config.json", "decoder-turbo/*.safetensors", "image_tokenizer/sigvq_embedding.pt"),
+    Part.DECODER_TURBO: (
+        "decoder-turbo/config.json",
+        "decoder-turbo/*.safetensors",
+        "image_tokenizer/sigvq_embedding.pt",
+    ),
     Part.VAE: ("vae/config.json", "vae/*.safetensors"),
 }
 _INDEX = "model.safetensors.index.json"
@@ -148,7 +156,9 @@ def safetensors_header(path: Path) -> dict[str, TensorInfo]:
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {name: TensorInfo(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: it is truncated or damaged ({error}). Download it again.") from None
+        raise CheckpointError(
+            f"{path} cannot be read: it is truncated or damaged ({error}). Download it again."
+        ) from None
 
 
 def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, ...]], where: Path) -> None:

@@ -78,7 +78,9 @@ def edit(a: argparse.Namespace) -> None:
     options, backbone = _decode_options(a), Backbone(checkpoint, a.precision)
     grid = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit")
     with _Bars() as on_step:
-        drawing = tasks.edit(backbone, grid, a.instruction, a.guidance, a.image_guidance, a.rescale, on_step=on_step, **_sampling(a))
+        drawing = tasks.edit(
+            backbone, grid, a.instruction, a.guidance, a.image_guidance, a.rescale, on_step=on_step, **_sampling(a)
+        )
     _decode(a, checkpoint, drawing.grid, options)
     _tell(drawing.report)
 
@@ -145,7 +147,10 @@ class _Bars:
 
         if self.phase != progress.phase:
             self._close()
-            self.phase, self.bar = progress.phase, tqdm(total=progress.total, desc=progress.phase, leave=False, disable=None)
+            self.phase, self.bar = (
+                progress.phase,
+                tqdm(total=progress.total, desc=progress.phase, leave=False, disable=None),
+            )
         self.bar.total = progress.total
         self.bar.update(progress.done - self.bar.n)
 
@@ -159,7 +164,9 @@ class _Bars:
 
 def _text_to_vq(a: argparse.Namespace, backbone: Backbone) -> tasks.Drawing:
     with _Bars() as on_step:
-        return tasks.text_to_vq(backbone, a.prompt, a.width, a.height, a.guidance, a.rescale, on_step=on_step, **_sampling(a))
+        return tasks.text_to_vq(
+            backbone, a.prompt, a.width, a.height, a.guidance, a.rescale, on_step=on_step, **_sampling(a)
+        )
 
 
 def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str) -> VQGrid:
@@ -239,22 +246,35 @@ def _device(a: argparse.Namespace):
 
 
 def _tell(report: Report) -> None:
-    print(f"{report.blocks} blocks, {report.steps} steps, {report.positions} positions, {report.seconds:.1f} s", file=sys.stderr)
+    print(
+        f"{report.blocks} blocks, {report.steps} steps, {report.positions} positions, {report.seconds:.1f} s",
+        file=sys.stderr,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    common.add_argument("--model", default=str(BUILT_IN), help=f"a model folder, or a hub id such as {HUB_MODEL}; the built-in one if left out")
-    common.add_argument("--precision", default="auto", choices=("auto", "bf16", "float32"), help="of the backbone; auto: as stored")
+    common.add_argument(
+        "--model",
+        default=str(BUILT_IN),
+        help=f"a model folder, or a hub id such as {HUB_MODEL}; the built-in one if left out",
+    )
+    common.add_argument(
+        "--precision", default="auto", choices=("auto", "bf16", "float32"), help="of the backbone; auto: as stored"
+    )
     common.add_argument("--device", help="where PyTorch runs: mps, cuda or cpu; the first that there is if left out")
 
     sampling = argparse.ArgumentParser(add_help=False)
-    sampling.add_argument("--seed", type=int, default=0, help="of the decoder's noise, and of the tokens above temperature 0")
+    sampling.add_argument(
+        "--seed", type=int, default=0, help="of the decoder's noise, and of the tokens above temperature 0"
+    )
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token")
     sampling.add_argument("--top-k", type=int, default=0, help="above temperature 0: how many candidates stay (0: all)")
     sampling.add_argument("--top-p", type=float, default=1.0, help="above temperature 0: the probability that stays")
     sampling.add_argument("--block-length", type=int, default=32, help="positions in a block")
-    sampling.add_argument("--threshold", type=float, default=0.95, help="a candidate more probable than this is accepted at once")
+    sampling.add_argument(
+        "--threshold", type=float, default=0.95, help="a candidate more probable than this is accepted at once"
+    )
 
     guided = argparse.ArgumentParser(add_help=False)
     guided.add_argument("--rescale", type=float, default=0.7, help="of guided logits, 0 to 1")
@@ -265,16 +285,22 @@ def _parser() -> argparse.ArgumentParser:
     decoding.add_argument("--decoder", choices=DECODERS, default="turbo", help="default: turbo")
     decoding.add_argument("--decoder-steps", type=int, help="default: 50 full, 8 turbo")
     decoding.add_argument("--decoder-guidance", type=float, default=1.0, help="1: as published, 0: none (default: 1)")
-    decoding.add_argument("--sampler", choices=SAMPLERS, default="ode", help="published: fresh noise at each step (default: ode)")
+    decoding.add_argument(
+        "--sampler", choices=SAMPLERS, default="ode", help="published: fresh noise at each step (default: ode)"
+    )
     decoding.add_argument("--solver", default="euler", help="torchdiffeq's method for the ODE (default: euler)")
-    decoding.add_argument("--upscale", type=int, default=2, choices=(1, 2), help="size of the picture over the tokenizer's (default: 2)")
+    decoding.add_argument(
+        "--upscale", type=int, default=2, choices=(1, 2), help="size of the picture over the tokenizer's (default: 2)"
+    )
 
     parser = argparse.ArgumentParser(prog="llada2-mlx", description=__doc__)
     parser.add_argument("--version", action="version", version=version("comfyui-llada2-mlx"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        subparser = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__, parents=[common, *parents])
+        subparser = commands.add_parser(
+            command.__name__, help=command.__doc__, description=command.__doc__, parents=[common, *parents]
+        )
         subparser.set_defaults(command=command)
         return subparser
 
@@ -296,7 +322,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("instruction")
     p.add_argument("--guidance", type=float, default=4.0, help="of the text")
     p.add_argument("--image-guidance", type=float, default=0.0, help="0: none")
-    p.add_argument("--published-crop", action="store_true", help="crop the middle of the picture without scaling it first")
+    p.add_argument(
+        "--published-crop", action="store_true", help="crop the middle of the picture without scaling it first"
+    )
 
     p = add(encode)
     p.add_argument("image")

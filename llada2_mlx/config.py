@@ -57,7 +57,9 @@ class BackboneConfig:
         """
         kind = published.get("model_type")
         if kind != "llada2_moe":
-            raise CheckpointError(f"config.json is of a {kind!r} model; a LLaDA2.0-Uni backbone has model_type 'llada2_moe'.")
+            raise CheckpointError(
+                f"config.json is of a {kind!r} model; a LLaDA2.0-Uni backbone has model_type 'llada2_moe'."
+            )
         values = {**(published.get("rope_parameters") or {}), **published}
         missing = [f.name for f in fields(cls) if values.get(f.name) is None]
         if missing:

@@ -200,9 +200,13 @@ def generate(
             report.steps += 1
             done[here], finite = _fetch(report, tokens, here, probability)
             if not finite:
-                raise LLaDA2Error("The network's output is not finite (NaN or infinity): its weights or their precision are at fault.")
+                raise LLaDA2Error(
+                    "The network's output is not finite (NaN or infinity): its weights or their precision are at fault."
+                )
             generated = done[prompt : here.stop].tolist()
-            yield Progress("denoising", (block - first_block) * steps + step + 1, (blocks - first_block) * steps, tuple(generated))
+            yield Progress(
+                "denoising", (block - first_block) * steps + step + 1, (blocks - first_block) * steps, tuple(generated)
+            )
             if vocabulary.mask not in done[here] or vocabulary.mask not in _through_end(generated, vocabulary.end):
                 break
         # a mask that is left is one that the model chose itself; the end may stand behind it
@@ -286,7 +290,14 @@ class _Batched:
     """The branches as one batch, so that a step reads each expert's weights once; guidance on hidden states."""
 
     def __init__(
-        self, model: LLaDA2, guidance: Guidance, report: Report, first: list[int], size: int, first_row: int, cache: list[PrefixCache] | None
+        self,
+        model: LLaDA2,
+        guidance: Guidance,
+        report: Report,
+        first: list[int],
+        size: int,
+        first_row: int,
+        cache: list[PrefixCache] | None,
     ):
         self.model, self.guidance, self.report, self.size, self.first_row = model, guidance, report, size, first_row
         self.first = mx.array(first, dtype=mx.int32)

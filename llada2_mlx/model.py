@@ -26,7 +26,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.rotary_dim, self.rope_theta = config.rotary_dim, config.rope_theta
         packed = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.query_key_value = nn.Linear(config.hidden_size, packed, bias=False)
@@ -34,7 +38,9 @@ class Attention(nn.Module):
         self.key_layernorm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, start: int, first: mx.array, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
+    def __call__(
+        self, x: mx.array, start: int, first: mx.array, mask: mx.array | None, cache: LayerCache | None
+    ) -> mx.array:
         batch, length, _ = x.shape
         qkv = self.query_key_value(x).reshape(batch, length, -1, self.head_dim)
         q, k, v = mx.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
@@ -119,7 +125,9 @@ class Layer(nn.Module):
         dense = index < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else SparseMoE(config)
 
-    def __call__(self, x: mx.array, start: int, first: mx.array, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
+    def __call__(
+        self, x: mx.array, start: int, first: mx.array, mask: mx.array | None, cache: LayerCache | None
+    ) -> mx.array:
         x = x + self.attention(self.input_layernorm(x), start, first, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 

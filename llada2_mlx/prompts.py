@@ -44,7 +44,13 @@ def understand(tokens: Tokens, grid: VQGrid, question: str) -> Prompt:
 def edit(tokens: Tokens, grid: VQGrid, instruction: str) -> Prompt:
     """Branches: conditional, without the instruction, without the picture. The result has the picture's size."""
     picture, header = _picture(tokens, grid), tokens.header(grid.height, grid.width)
-    ask = lambda source, text: [*tokens.encode(_EDIT), *source, *tokens.encode(text), *tokens.encode(_ASSISTANT), *header]
+    ask = lambda source, text: [
+        *tokens.encode(_EDIT),
+        *source,
+        *tokens.encode(text),
+        *tokens.encode(_ASSISTANT),
+        *header,
+    ]
     return Prompt((ask(picture, instruction), ask(picture, _UNCONDITION), ask([tokens.image], instruction)))
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from . import prompts
 from .backbone import Backbone
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
 from .vq import VQGrid
+
+if TYPE_CHECKING:
+    from .diffusion import Report
+    from .guidance import Guidance
 
 # Pixels of the decoded picture per code: the tokenizer has 16, the decoder doubles.
 PIXELS_PER_CODE = 32
@@ -20,7 +25,7 @@ class Drawing:
     """A grid of codes, and what it took (``diffusion.Report``)."""
 
     grid: VQGrid
-    report: "Report"
+    report: Report
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Answer:
 
     text: str
     ids: list[int]
-    report: "Report"
+    report: Report
 
 
 def text_to_vq(
@@ -40,7 +45,7 @@ def text_to_vq(
     guidance: float = 2.0,
     rescale: float = 0.7,
     on_step: OnStep = ignore,
-    **options,
+    **options: Any,
 ) -> Drawing:
     """Draw a picture as codes.
 
@@ -72,7 +77,7 @@ def edit(
     image_guidance: float = 0.0,
     rescale: float = 0.7,
     on_step: OnStep = ignore,
-    **options,
+    **options: Any,
 ) -> Drawing:
     """Draw a picture anew, changed as the instruction says. The result has the size of ``grid``.
 
@@ -87,7 +92,15 @@ def edit(
     from .guidance import Guidance
 
     request = prompts.edit(backbone.tokens, grid, instruction)
-    return _draw(backbone, request, grid.height, grid.width, Guidance.editing(text_guidance, image_guidance, rescale), on_step, options)
+    return _draw(
+        backbone,
+        request,
+        grid.height,
+        grid.width,
+        Guidance.editing(text_guidance, image_guidance, rescale),
+        on_step,
+        options,
+    )
 
 
 def understand(
@@ -97,7 +110,7 @@ def understand(
     max_new_tokens: int = 2048,
     on_step: OnStep = ignore,
     on_text: Callable[[str], None] | None = None,
-    **options,
+    **options: Any,
 ) -> Answer:
     """Answer a question about a picture.
 
@@ -123,7 +136,15 @@ def understand(
 
     method = {"method": options.pop("method")} if "method" in options else {}
     vocabulary = Vocabulary(tokens.mask, end=tokens.end)
-    done = backbone.run(generate, request.branches, max_new_tokens, vocabulary, Sampling(**{"steps": 32, **options}), on_step=step, **method)
+    done = backbone.run(
+        generate,
+        request.branches,
+        max_new_tokens,
+        vocabulary,
+        Sampling(**{"steps": 32, **options}),
+        on_step=step,
+        **method,
+    )
     return Answer(tokens.decode(done.ids), done.ids, done.report)
 
 
@@ -135,7 +156,9 @@ def grid_size(backbone: Backbone, width: int, height: int) -> tuple[int, int]:
     """
     width, height = (side or backbone.checkpoint.image_size for side in (width, height))
     if width % PIXELS_PER_CODE or height % PIXELS_PER_CODE or min(width, height) < 0:
-        raise RequestError(f"The size is {width} x {height} pixels; both sides have to be multiples of {PIXELS_PER_CODE}.")
+        raise RequestError(
+            f"The size is {width} x {height} pixels; both sides have to be multiples of {PIXELS_PER_CODE}."
+        )
     rows, columns = height // PIXELS_PER_CODE, width // PIXELS_PER_CODE
     backbone.tokens.check_size(rows, columns)
     return rows, columns
@@ -158,7 +181,9 @@ def readable(backbone: Backbone, ids: tuple[int, ...]) -> str:
     return "".join(pieces)
 
 
-def _draw(backbone: Backbone, request: prompts.Prompt, rows: int, columns: int, guidance, on_step: OnStep, options: dict) -> Drawing:
+def _draw(
+    backbone: Backbone, request: prompts.Prompt, rows: int, columns: int, guidance, on_step: OnStep, options: dict
+) -> Drawing:
     from .diffusion import Sampling, Vocabulary, check_length, generate
 
     length, codebook = rows * columns, backbone.config.codebook_size

@@ -31,13 +31,17 @@ class Tokens:
                 str(checkpoint.root), config=PreTrainedConfig(), trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # the library raises whatever its readers raise
-            raise CheckpointError(f"The text tokenizer in {checkpoint.root} cannot be read ({error}). Download it again.") from error
+            raise CheckpointError(
+                f"The text tokenizer in {checkpoint.root} cannot be read ({error}). Download it again."
+            ) from error
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         self.image_offset = checkpoint.config.image_token_offset
         self.codebook_size = checkpoint.config.codebook_size
         stated = _stated_tokens(checkpoint)
         # the library gives a token that is only named in tokenizer_config.json a new id, which the model never saw
-        if lacking := [token for token in _NEEDED if stated.get(token) is None or stated[token] != self._vocabulary.get(token)]:
+        if lacking := [
+            token for token in _NEEDED if stated.get(token) is None or stated[token] != self._vocabulary.get(token)
+        ]:
             raise CheckpointError(
                 f"The text tokenizer in {checkpoint.root} has no token {', '.join(lacking)}; it is not of a LLaDA2.0-Uni model."
             )

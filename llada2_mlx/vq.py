@@ -31,7 +31,9 @@ class VQGrid:
     def __post_init__(self) -> None:
         codes = np.asarray(self.codes)
         if codes.ndim != 2 or 0 in codes.shape or not np.issubdtype(codes.dtype, np.integer):
-            raise RequestError(f"A grid of codes is a non-empty [height, width] array of integers, not {codes.dtype} {list(codes.shape)}.")
+            raise RequestError(
+                f"A grid of codes is a non-empty [height, width] array of integers, not {codes.dtype} {list(codes.shape)}."
+            )
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise RequestError(
                 f"The grid holds codes from {codes.min()} to {codes.max()}; the codebook has 0 to {self.codebook_size - 1}."
@@ -73,7 +75,12 @@ class VQGrid:
 
     def save(self, path: str | Path) -> None:
         """Write the grid as safetensors, its size and codebook in the metadata; whole or not at all."""
-        metadata = {"format": "llada2-vq", "height": str(self.height), "width": str(self.width), "codebook_size": str(self.codebook_size)}
+        metadata = {
+            "format": "llada2-vq",
+            "height": str(self.height),
+            "width": str(self.width),
+            "codebook_size": str(self.codebook_size),
+        }
         with replacing(Path(path)) as partial:
             save_file({"codes": self.codes}, partial, metadata=metadata)
 
@@ -94,7 +101,9 @@ class VQGrid:
         except RequestError as error:
             raise RequestError(f"{path}: {error}") from None
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise RequestError(f"{path} is not a grid of codes ({error}); save one with `llada2-mlx encode` or `t2i --codes`.") from None
+            raise RequestError(
+                f"{path} is not a grid of codes ({error}); save one with `llada2-mlx encode` or `t2i --codes`."
+            ) from None
         if stated != (grid.height, grid.width):
             raise RequestError(f"{path} states {stated[0]} x {stated[1]} codes and holds {grid.height} x {grid.width}.")
         return grid

@@ -20,12 +20,24 @@ class LLaDA2TextToVQ(io.ComfyNode):
             search_aliases=["llada", "text to image", "t2i", "generate image", "block diffusion", "sampler"],
             inputs=[
                 BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True, default="", tooltip="What to draw, in any language."),
-                io.Int.Input(
-                    "width", default=0, min=0, max=8128, step=64, tooltip="Width of the decoded picture in pixels; 0 is the model's own size."
+                io.String.Input(
+                    "prompt", multiline=True, dynamic_prompts=True, default="", tooltip="What to draw, in any language."
                 ),
                 io.Int.Input(
-                    "height", default=0, min=0, max=8128, step=64, tooltip="Height of the decoded picture in pixels; 0 is the model's own size."
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8128,
+                    step=64,
+                    tooltip="Width of the decoded picture in pixels; 0 is the model's own size.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8128,
+                    step=64,
+                    tooltip="Height of the decoded picture in pixels; 0 is the model's own size.",
                 ),
                 io.Int.Input("steps", default=8, min=1, max=256, tooltip=_STEPS),
                 io.Float.Input(
@@ -44,7 +56,9 @@ class LLaDA2TextToVQ(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str | None = None, width: int | None = None, height: int | None = None) -> bool | str:
+    def validate_inputs(
+        cls, prompt: str | None = None, width: int | None = None, height: int | None = None
+    ) -> bool | str:
         for name, side in (("width", width), ("height", height)):
             if side and not (256 <= side <= 8128 and side % 64 == 0):
                 return f"The {name} is {side}; it has to be 0 (the model's own size) or a multiple of 64 from 256 to 8128 pixels."
@@ -88,10 +102,21 @@ class LLaDA2Edit(io.ComfyNode):
             inputs=[
                 BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
                 VQSocket.Input("vq", tooltip="The picture to change, from SigLIP-VQ Encode with purpose edit."),
-                io.String.Input("instruction", multiline=True, dynamic_prompts=True, default="", tooltip="What to change, in any language."),
+                io.String.Input(
+                    "instruction",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What to change, in any language.",
+                ),
                 io.Int.Input("steps", default=8, min=1, max=256, tooltip=_STEPS),
                 io.Float.Input(
-                    "text_guidance", default=4.0, min=0.0, max=30.0, step=0.1, tooltip="How strongly to follow the instruction; 1 is none."
+                    "text_guidance",
+                    default=4.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="How strongly to follow the instruction; 1 is none.",
                 ),
                 io.Float.Input(
                     "image_guidance",
@@ -115,7 +140,18 @@ class LLaDA2Edit(io.ComfyNode):
     @classmethod
     @host.explains_imports
     def execute(
-        cls, backbone, vq, instruction, steps, text_guidance, image_guidance, seed, temperature, block_length, threshold, rescale
+        cls,
+        backbone,
+        vq,
+        instruction,
+        steps,
+        text_guidance,
+        image_guidance,
+        seed,
+        temperature,
+        block_length,
+        threshold,
+        rescale,
     ) -> io.NodeOutput:
         from ..llada2_mlx import prompts, tasks
         from ..llada2_mlx.vq import picture_seed

@@ -57,7 +57,9 @@ def explains_imports(execute: Callable) -> Callable:
             return execute(*args, **kwargs)
         except ImportError as error:
             package = f"the package {error.name.partition('.')[0]}" if error.name else "a package"
-            raise RuntimeError(f"ComfyUI-LLaDA2-MLX needs {package}, which cannot be imported ({error}). {repair_hint()}") from error
+            raise RuntimeError(
+                f"ComfyUI-LLaDA2-MLX needs {package}, which cannot be imported ({error}). {repair_hint()}"
+            ) from error
 
     return wrapper
 
@@ -161,7 +163,9 @@ class ManagedPart(ModelPatcher):
         release: called with the value when it is let go, where dropping it is not enough.
     """
 
-    def __init__(self, name: str, load: Callable[[OnStep], Any], size: int, release: Callable[[Any], None] | None = None):
+    def __init__(
+        self, name: str, load: Callable[[OnStep], Any], size: int, release: Callable[[Any], None] | None = None
+    ):
         super().__init__(torch.nn.Module(), model_management.get_torch_device(), torch.device("cpu"), size=max(size, 1))
         self.name, self.value = name, None
         self._load, self._release = load, release
@@ -186,10 +190,17 @@ class ManagedPart(ModelPatcher):
         if self.value is None:
             began = time.perf_counter()
             self.value = self._load(self._on_step)
-            logging.info("ComfyUI-LLaDA2-MLX: %s, %.1f MB, loaded in %.1f s", self.name, self.size / 2**20, time.perf_counter() - began)
+            logging.info(
+                "ComfyUI-LLaDA2-MLX: %s, %.1f MB, loaded in %.1f s",
+                self.name,
+                self.size / 2**20,
+                time.perf_counter() - began,
+            )
         return self.size
 
-    def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
+    def partially_unload(
+        self, device_to: torch.device, memory_to_free: int = 0, force_patch_weights: bool = False
+    ) -> int:
         return 0  # all or nothing: ComfyUI then calls detach
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
@@ -249,7 +260,11 @@ def image_part(model: str, part: str) -> ManagedPart:
         model_management.throw_exception_if_processing_interrupted()
         return load_part(found, kind, model_management.get_torch_device())
 
-    return _registered((kind, found.root), model, lambda: ManagedPart(f"{kind.value} of {found.root.name}", load, found.weight_bytes(kind)))
+    return _registered(
+        (kind, found.root),
+        model,
+        lambda: ManagedPart(f"{kind.value} of {found.root.name}", load, found.weight_bytes(kind)),
+    )
 
 
 def _registered(key: tuple, model: str, make: Callable[[], ManagedPart]) -> ManagedPart:

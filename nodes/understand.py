@@ -19,14 +19,33 @@ class LLaDA2Understand(io.ComfyNode):
             inputs=[
                 BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
                 VQSocket.Input("vq", tooltip="The picture, from SigLIP-VQ Encode with purpose understand."),
-                io.String.Input("question", multiline=True, default="Describe this image in detail.", tooltip="What you want to know."),
-                io.Int.Input("steps", default=32, min=1, max=256, tooltip="Denoising steps for each block of tokens. Fewer is faster and rougher."),
-                io.Int.Input("max_new_tokens", default=2048, min=1, max=8192, tooltip="The answer's length at most; it ends by itself before."),
+                io.String.Input(
+                    "question",
+                    multiline=True,
+                    default="Describe this image in detail.",
+                    tooltip="What you want to know.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=32,
+                    min=1,
+                    max=256,
+                    tooltip="Denoising steps for each block of tokens. Fewer is faster and rougher.",
+                ),
+                io.Int.Input(
+                    "max_new_tokens",
+                    default=2048,
+                    min=1,
+                    max=8192,
+                    tooltip="The answer's length at most; it ends by itself before.",
+                ),
                 token_seed_input(),
                 temperature_input(),
                 *block_inputs(guided=False),
             ],
-            outputs=[io.String.Output("text", is_output_list=True, tooltip="The answer, or one for each picture of a batch.")],
+            outputs=[
+                io.String.Output("text", is_output_list=True, tooltip="The answer, or one for each picture of a batch.")
+            ],
         )
 
     @classmethod
@@ -35,7 +54,9 @@ class LLaDA2Understand(io.ComfyNode):
 
     @classmethod
     @host.explains_imports
-    def execute(cls, backbone, vq, question, steps, max_new_tokens, seed, temperature, block_length, threshold) -> io.NodeOutput:
+    def execute(
+        cls, backbone, vq, question, steps, max_new_tokens, seed, temperature, block_length, threshold
+    ) -> io.NodeOutput:
         from ..llada2_mlx import prompts, tasks
         from ..llada2_mlx.vq import picture_seed
 

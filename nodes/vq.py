@@ -32,7 +32,11 @@ class SigLIPVQEncode(io.ComfyNode):
                     "edit as published: cropped without scaling, so that a large photo loses all but its middle.",
                 ),
             ],
-            outputs=[VQSocket.Output("vq", tooltip="The picture as codes, for LLaDA2 Understand, LLaDA2 Edit or ZImage Decode.")],
+            outputs=[
+                VQSocket.Output(
+                    "vq", tooltip="The picture as codes, for LLaDA2 Understand, LLaDA2 Edit or ZImage Decode."
+                )
+            ],
         )
 
     @classmethod
@@ -57,10 +61,22 @@ class SigLIPVQEncode(io.ComfyNode):
 class ZImageDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        solver = io.Combo.Input("solver", options=_SOLVERS, default="euler", tooltip="How the ODE is solved. euler calls the network once a step.")
-        full = [io.Int.Input("steps", default=50, min=2, max=1000, tooltip="Points of time; euler calls the network once less."), solver]
+        solver = io.Combo.Input(
+            "solver",
+            options=_SOLVERS,
+            default="euler",
+            tooltip="How the ODE is solved. euler calls the network once a step.",
+        )
+        full = [
+            io.Int.Input(
+                "steps", default=50, min=2, max=1000, tooltip="Points of time; euler calls the network once less."
+            ),
+            solver,
+        ]
         turbo = [
-            io.Int.Input("steps", default=8, min=2, max=1000, tooltip="Points of time; the ODE calls the network once less."),
+            io.Int.Input(
+                "steps", default=8, min=2, max=1000, tooltip="Points of time; the ODE calls the network once less."
+            ),
             io.Combo.Input(
                 "sampler",
                 options=_SAMPLERS,
@@ -96,7 +112,11 @@ class ZImageDecode(io.ComfyNode):
                     io.ControlAfterGenerate.randomize,
                 ),
                 io.Int.Input(
-                    "upscale", default=2, min=1, max=2, tooltip="2: twice the size that the tokenizer sees (32 pixels per code). 1: its size."
+                    "upscale",
+                    default=2,
+                    min=1,
+                    max=2,
+                    tooltip="2: twice the size that the tokenizer sees (32 pixels per code). 1: its size.",
                 ),
             ],
             outputs=[io.Image.Output("image", tooltip="The pictures.")],

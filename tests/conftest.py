@@ -13,7 +13,9 @@ TESTS = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden", type=Path, default=TESTS / "golden", help="directory of golden fixtures (default: tests/golden)")
+    parser.addoption(
+        "--golden", type=Path, default=TESTS / "golden", help="directory of golden fixtures (default: tests/golden)"
+    )
 
 
 @pytest.fixture(scope="session")

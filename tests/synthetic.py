@@ -87,7 +87,12 @@ def write_backbone(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
             norm, bias = name.endswith("norm.weight"), name.endswith("expert_bias")
             tensors[name] = torch.ones(shape) if norm else torch.randn(shape) * (0.01 if bias else shape[-1] ** -0.5)
     save(folder / "model.safetensors", tensors, dtype)
-    published = {"model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "hidden_act": "silu", "image_size": sizes.image_size}
+    published = {
+        "model_type": "llada2_moe",
+        "architectures": ["LLaDA2MoeModelLM"],
+        "hidden_act": "silu",
+        "image_size": sizes.image_size,
+    }
     write_json(folder / "config.json", published | asdict(config))
     write_tokenizer(folder, config.image_token_offset)
 
@@ -102,22 +107,42 @@ def write_tokenizer(folder: Path, text_ids: int) -> None:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     assert tokenizer.get_vocab_size() <= text_ids, "the text vocabulary is too small for the special tokens"
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
-    write_json(folder / "tokenizer_config.json", names | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
+    names = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+    }
+    write_json(
+        folder / "tokenizer_config.json",
+        names | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False},
+    )
 
 
 def write_image_tokenizer(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
     from transformers import GlmImageVisionConfig, GlmImageVisionModel, GlmImageVQVAE, GlmImageVQVAEConfig
 
     codes = sizes.backbone.codebook_size
-    vision = {"hidden_size": sizes.vision_width, "intermediate_size": 2 * sizes.vision_width, "num_heads": 2, "depth": sizes.vision_layers}
+    vision = {
+        "hidden_size": sizes.vision_width,
+        "intermediate_size": 2 * sizes.vision_width,
+        "num_heads": 2,
+        "depth": sizes.vision_layers,
+    }
     vision |= {"patch_size": 16, "image_size": 256, "in_channels": 3, "hidden_act": "gelu", "attention_bias": True}
-    quantiser = {"num_embeddings": codes, "embed_dim": sizes.code_width, "latent_channels": sizes.vision_width, "in_channels": 3}
+    quantiser = {
+        "num_embeddings": codes,
+        "embed_dim": sizes.code_width,
+        "latent_channels": sizes.vision_width,
+        "in_channels": 3,
+    }
     modules = {
         "model.visual.": GlmImageVisionModel(GlmImageVisionConfig(**vision)),
         "model.vqmodel.": GlmImageVQVAE(GlmImageVQVAEConfig(**quantiser)),
     }
-    tensors = {prefix + name: tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()}
+    tensors = {
+        prefix + name: tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()
+    }
     path = folder / "image_tokenizer"
     save(path / "image_tokenizer.safetensors", tensors, dtype)
     write_json(path / "config.json", {"model_type": "glm_image", "vision_config": vision, "vq_config": quantiser})
@@ -137,11 +162,23 @@ def write_decoder(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
     from diffusers import ZImageTransformer2DModel
 
     heads, width = 2, sizes.decoder_width
-    config = {"dim": width, "n_heads": heads, "n_kv_heads": heads, "n_layers": sizes.decoder_layers, "n_refiner_layers": 1}
-    config |= {"axes_dims": [width // heads // 2, width // heads // 4, width // heads // 4], "axes_lens": [1536, 512, 512], "in_channels": 16}
+    config = {
+        "dim": width,
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "n_layers": sizes.decoder_layers,
+        "n_refiner_layers": 1,
+    }
+    config |= {
+        "axes_dims": [width // heads // 2, width // heads // 4, width // heads // 4],
+        "axes_lens": [1536, 512, 512],
+        "in_channels": 16,
+    }
     module = ZImageTransformer2DModel(**config, cap_feat_dim=sizes.feature_width)
     randomise(module)
-    tensors = {name.replace("cap_embedder", "semantic_embedder"): tensor for name, tensor in module.state_dict().items()}
+    tensors = {
+        name.replace("cap_embedder", "semantic_embedder"): tensor for name, tensor in module.state_dict().items()
+    }
     save(folder / "decoder_model.safetensors", tensors, dtype)
     # the published config states another width than its weights have, and the loader has to read the weights
     write_json(folder / "config.json", {"_class_name": "ZImageTransformer2DModel", **config, "cap_feat_dim": 2560})
@@ -151,9 +188,20 @@ def write_vae(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
     from diffusers import AutoencoderKL
 
     blocks = len(sizes.vae_widths)
-    config = {"block_out_channels": list(sizes.vae_widths), "latent_channels": 16, "layers_per_block": 1, "norm_num_groups": 4}
+    config = {
+        "block_out_channels": list(sizes.vae_widths),
+        "latent_channels": 16,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
     config |= {"down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks}
-    config |= {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": True}
+    config |= {
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "force_upcast": True,
+    }
     module = AutoencoderKL(**config)
     save(folder / "diffusion_pytorch_model.safetensors", module.state_dict(), dtype)
     write_json(folder / "config.json", {"_class_name": "AutoencoderKL", **config})
@@ -168,7 +216,11 @@ def randomise(module: nn.Module) -> None:
 
 def save(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -84,6 +84,15 @@ def test_a_missing_part_is_named(folder: Path, part: Part, gone: str) -> None:
         resolve(folder, Part.DECODER)  # the others are still there
 
 
+def test_a_hub_model_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        CheckpointError, match="inclusionAI/LLaDA2.0-Uni is not on this machine and could not be downloaded"
+    ):
+        resolve("inclusionAI/LLaDA2.0-Uni", Part.BACKBONE)
+
+
 def test_a_missing_tensor_is_named(folder: Path) -> None:
     rewrite(folder / "model.safetensors", lambda tensors: tensors.pop(EXPERT))
     with pytest.raises(CheckpointError, match=f"missing: {EXPERT}"):
@@ -265,8 +274,9 @@ def test_weights_are_read_on_first_use_and_again_after_they_were_let_go(folder: 
 
 
 def test_experts_are_stacked_without_a_second_copy_of_the_model(tmp_path: Path) -> None:
-    from synthetic import BACKBONE, Sizes, write_backbone
     from dataclasses import replace
+
+    from synthetic import BACKBONE, Sizes, write_backbone
 
     wide = replace(BACKBONE, num_hidden_layers=6, moe_intermediate_size=256, hidden_size=256, intermediate_size=256)
     tmp_path.joinpath("wide").mkdir()
@@ -302,7 +312,9 @@ def test_the_built_in_checkpoint_is_what_the_generator_writes(tmp_path: Path) ->
     for path in files:
         if path.suffix == ".safetensors":
             built_in, again = load_file(BUILT_IN / path), load_file(written / path)
-            assert {name: tensor.shape for name, tensor in built_in.items()} == {name: tensor.shape for name, tensor in again.items()}
+            assert {name: tensor.shape for name, tensor in built_in.items()} == {
+                name: tensor.shape for name, tensor in again.items()
+            }
 
 
 def test_names_of_the_published_checkpoint_are_all_known() -> None:
@@ -317,6 +329,10 @@ def test_names_of_the_published_checkpoint_are_all_known() -> None:
         num_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4, routed_scaling_factor=2.5, moe_intermediate_size=512,
         first_k_dense_replace=1, image_token_offset=157184,
     )  # fmt: skip
-    names = [name for parameter, value in tree_flatten(LLaDA2(config).parameters()) for name in published_names(parameter, value.shape)]
+    names = [
+        name
+        for parameter, value in tree_flatten(LLaDA2(config).parameters())
+        for name in published_names(parameter, value.shape)
+    ]
     assert len(names) == len(set(names)) == 14813
     assert config.rotary_dim == 64 and config.codebook_size == 16384

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from pictures import noise
+from PIL import Image
 
 from llada2_mlx import cli
 from llada2_mlx.vq import VQGrid
@@ -28,14 +28,21 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_a_picture_from_a_text_and_its_parameters(run, tmp_path: Path) -> None:
-    status, out, err = run("t2i", "a red circle, 赤い円", "--seed", "3", "--steps", "4", "-o", "red.png", "--codes", "red.safetensors")
+    status, out, err = run(
+        "t2i", "a red circle, 赤い円", "--seed", "3", "--steps", "4", "-o", "red.png", "--codes", "red.safetensors"
+    )
     assert (status, out) == (0, "red.png: 256 x 256 pixels\n")
     assert "positions" in err
     with Image.open("red.png") as image:
         assert image.size == (256, 256)
         parameters = json.loads(image.text["parameters"])
     assert parameters["prompt"] == "a red circle, 赤い円"
-    assert (parameters["seed"], parameters["steps"], parameters["decoder_steps"], parameters["decoder"]) == (3, 4, 8, "turbo")
+    assert (parameters["seed"], parameters["steps"], parameters["decoder_steps"], parameters["decoder"]) == (
+        3,
+        4,
+        8,
+        "turbo",
+    )
     assert not list(Path().glob(".*"))  # nothing half-written is left
 
     # the codes that were kept give the same picture
@@ -52,15 +59,33 @@ def test_a_question(run) -> None:
 
 def test_an_edit(run) -> None:
     noise(300, 260).save("picture.jpg")
-    status, out, _ = run("edit", "picture.jpg", "Make it blue.", "--steps", "1", "--decoder-steps", "2", "--upscale", "1", "-o", "edited.png")
+    status, out, _ = run(
+        "edit",
+        "picture.jpg",
+        "Make it blue.",
+        "--steps",
+        "1",
+        "--decoder-steps",
+        "2",
+        "--upscale",
+        "1",
+        "-o",
+        "edited.png",
+    )
     assert (status, out) == (0, "edited.png: 544 x 480 pixels\n")
 
 
 def test_to_codes_and_back(run) -> None:
     noise(128, 160).save("picture.png")
-    assert run("encode", "picture.png", "-o", "codes.safetensors")[1] == "codes.safetensors: VQGrid(10 x 8 codes of 256)\n"
+    assert (
+        run("encode", "picture.png", "-o", "codes.safetensors")[1] == "codes.safetensors: VQGrid(10 x 8 codes of 256)\n"
+    )
     assert VQGrid.load("codes.safetensors").codes.shape == (10, 8)
-    for words in (("--decoder", "full", "--decoder-steps", "3"), ("--sampler", "published", "--decoder-guidance", "0"), ("--solver", "midpoint")):
+    for words in (
+        ("--decoder", "full", "--decoder-steps", "3"),
+        ("--sampler", "published", "--decoder-guidance", "0"),
+        ("--solver", "midpoint"),
+    ):
         assert run("decode", "codes.safetensors", *words, "-o", "back.png")[1] == "back.png: 256 x 320 pixels\n"
 
 

@@ -37,7 +37,8 @@ def text(backbone: Backbone) -> Vocabulary:
 def test_every_method_gives_the_same_tokens(backbone: Backbone, lengths: tuple[int, int], guidance: Guidance) -> None:
     branches = (ids(lengths[0], 1), ids(lengths[1], 2), ids(12, 3))[: len(guidance.coefficients)]
     results = [
-        backbone.run(generate, branches, 40, image(backbone), Sampling(steps=4), guidance, method=method).ids for method in Method
+        backbone.run(generate, branches, 40, image(backbone), Sampling(steps=4), guidance, method=method).ids
+        for method in Method
     ]
     assert results[0] == results[1] == results[2]
     assert len(results[0]) == 40 and min(results[0]) >= backbone.config.image_token_offset
@@ -60,12 +61,16 @@ def test_positions_of_a_512_picture(backbone: Backbone, method: Method, position
 
 
 def test_positions_of_a_1024_picture(backbone: Backbone) -> None:
-    done = backbone.run(generate, (ids(36, 1), ids(30, 2)), 1024, image(backbone), Sampling(steps=8, threshold=1.0), SIMPLE)
+    done = backbone.run(
+        generate, (ids(36, 1), ids(30, 2)), 1024, image(backbone), Sampling(steps=8, threshold=1.0), SIMPLE
+    )
     assert done.report.positions == 18944
 
 
 def test_one_synchronisation_per_step(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone.run(generate, (ids(40), ids(30)), 64, image(backbone), Sampling(steps=4), SIMPLE)  # what is made once is made now
+    backbone.run(
+        generate, (ids(40), ids(30)), 64, image(backbone), Sampling(steps=4), SIMPLE
+    )  # what is made once is made now
     waits = []
     evaluate = mx.eval
     monkeypatch.setattr(mx, "eval", lambda *arrays: (waits.append(1), evaluate(*arrays)))
@@ -77,7 +82,9 @@ def test_branches_run_as_one_batch(backbone: Backbone, monkeypatch: pytest.Monke
     shapes = []
     network = type(backbone._model)
     call = network.__call__
-    monkeypatch.setattr(network, "__call__", lambda self, tokens, *rest: (shapes.append(tokens.shape), call(self, tokens, *rest))[1])
+    monkeypatch.setattr(
+        network, "__call__", lambda self, tokens, *rest: (shapes.append(tokens.shape), call(self, tokens, *rest))[1]
+    )
     done = backbone.run(generate, (ids(40), ids(30), ids(20)), 32, image(backbone), Sampling(steps=4), EDITING)
     assert len(shapes) == done.report.steps
     assert {shape[0] for shape in shapes} == {3}
@@ -85,7 +92,9 @@ def test_branches_run_as_one_batch(backbone: Backbone, monkeypatch: pytest.Monke
 
 def test_a_branch_without_weight_is_not_run(backbone: Backbone) -> None:
     branches = (ids(40), ids(30), ids(20))
-    run = lambda guidance: backbone.run(generate, branches, 32, image(backbone), Sampling(steps=2), guidance).report.branches
+    run = lambda guidance: (
+        backbone.run(generate, branches, 32, image(backbone), Sampling(steps=2), guidance).report.branches
+    )
     assert run(Guidance.editing(4.0, 0.0)) == 2
     assert run(Guidance.editing(4.0, 1.0)) == 3
     assert run(Guidance.editing(1.0, 0.0)) == 1
@@ -93,7 +102,9 @@ def test_a_branch_without_weight_is_not_run(backbone: Backbone) -> None:
 
 def test_a_long_prompt_is_read_in_pieces(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     branches, whole = (ids(300, 1), ids(220, 2)), []
-    run = lambda steps: backbone.run(generate, branches, 32, image(backbone), Sampling(steps=4), SIMPLE, on_step=steps.append).ids
+    run = lambda steps: (
+        backbone.run(generate, branches, 32, image(backbone), Sampling(steps=4), SIMPLE, on_step=steps.append).ids
+    )
     expected = run(whole)
     monkeypatch.setattr(diffusion, "PREFILL", 64)
     pieces: list[Progress] = []
@@ -112,7 +123,9 @@ def test_a_step_that_raises_ends_the_work_and_the_next_run_is_whole(backbone: Ba
         if len(seen) == 3:
             raise Cancelled
 
-    run = lambda on_step: backbone.run(generate, (ids(40),), 64, image(backbone), Sampling(steps=4), on_step=on_step).ids
+    run = lambda on_step: (
+        backbone.run(generate, (ids(40),), 64, image(backbone), Sampling(steps=4), on_step=on_step).ids
+    )
     expected = run(lambda progress: None)
     with pytest.raises(Cancelled):
         run(cancel)
@@ -168,7 +181,9 @@ def test_masks_in_a_prompt_are_filled_in_its_last_block_only(backbone: Backbone)
     done = []
     result = backbone.run(generate, (prompt,), 24, image(backbone), Sampling(steps=8), on_step=done.append)
     assert mask not in result.ids
-    assert result.report.positions == 64 + 6 * 32  # 25 masks are 7 steps; the first block was taken as it is, its mask with it
+    assert (
+        result.report.positions == 64 + 6 * 32
+    )  # 25 masks are 7 steps; the first block was taken as it is, its mask with it
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 + 5, 2**64 - 1])
@@ -197,7 +212,16 @@ def test_a_request_longer_than_the_model_is_refused_before_it_runs(backbone: Bac
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 0}, {"block_length": 0}, {"threshold": 1.5}, {"temperature": -1}, {"top_p": 2}, {"seed": -1}, {"temperature": float("nan")}]
+    "options",
+    [
+        {"steps": 0},
+        {"block_length": 0},
+        {"threshold": 1.5},
+        {"temperature": -1},
+        {"top_p": 2},
+        {"seed": -1},
+        {"temperature": float("nan")},
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(RequestError, match="has to be from"):

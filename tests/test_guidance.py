@@ -13,7 +13,14 @@ from llada2_mlx.progress import Progress
 
 
 @pytest.mark.parametrize(
-    "guidance", [Guidance.simple(2.0, 0.0), Guidance.simple(4.0), Guidance.simple(0.0), Guidance.editing(4.0, 1.2), Guidance.editing(3.0, 2.0, 1.0)]
+    "guidance",
+    [
+        Guidance.simple(2.0, 0.0),
+        Guidance.simple(4.0),
+        Guidance.simple(0.0),
+        Guidance.editing(4.0, 1.2),
+        Guidance.editing(3.0, 2.0, 1.0),
+    ],
 )
 def test_hidden_states_and_logits_are_guided_alike(backbone: Backbone, guidance: Guidance) -> None:
     def job(network):
@@ -34,7 +41,9 @@ def test_hidden_states_and_logits_are_guided_alike(backbone: Backbone, guidance:
 def test_the_published_formulas() -> None:
     c, u, t, i = 0.3, -1.2, 2.0, 0.7
     assert np.dot(Guidance.simple(2.5).coefficients, (c, u)) == pytest.approx(u + 2.5 * (c - u))
-    assert np.dot(Guidance.editing(4.0, 1.5).coefficients, (c, t, i)) == pytest.approx(t + 4.0 * (c - t) + 1.5 * (t - i))
+    assert np.dot(Guidance.editing(4.0, 1.5).coefficients, (c, t, i)) == pytest.approx(
+        t + 4.0 * (c - t) + 1.5 * (t - i)
+    )
 
 
 def test_branches_that_change_nothing_are_left_out() -> None:
@@ -46,7 +55,9 @@ def test_branches_that_change_nothing_are_left_out() -> None:
     assert Guidance.simple(0.0).select(branches[:2])[1] == ([1], [2])
 
 
-@pytest.mark.parametrize("make", [lambda: Guidance.simple(-1), lambda: Guidance.simple(2, 1.5), lambda: Guidance.editing(float("nan"), 0)])
+@pytest.mark.parametrize(
+    "make", [lambda: Guidance.simple(-1), lambda: Guidance.simple(2, 1.5), lambda: Guidance.editing(float("nan"), 0)]
+)
 def test_scales_out_of_range_are_refused(make) -> None:
     with pytest.raises(RequestError, match="has to be"):
         make()

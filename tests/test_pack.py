@@ -75,7 +75,9 @@ def test_the_pack_imports_without_comfyui_and_in_under_a_second() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_slow_libraries_wait_until_they_are_needed(path: Path) -> None:
-    assert not {"transformers", "diffusers", "torchdiffeq"} & {name.partition(".")[0] for name in imports(path, top_level=True)}
+    assert not {"transformers", "diffusers", "torchdiffeq"} & {
+        name.partition(".")[0] for name in imports(path, top_level=True)
+    }
 
 
 def test_versions_and_requirements_agree() -> None:
@@ -83,7 +85,9 @@ def test_versions_and_requirements_agree() -> None:
     version = re.search(r'__version__ = "(.*)"', (LIBRARY / "__init__.py").read_text())[1]
     assert project["version"] == version
     norm = lambda line: line.replace('"', "'").strip()
-    wanted = {norm(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")}
+    wanted = {
+        norm(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")
+    }
     ours = {norm(line) for line in project["dependencies"]}
     assert wanted < ours
     # ComfyUI brings these itself; naming them could move its own

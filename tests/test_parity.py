@@ -21,7 +21,7 @@ from llada2_mlx.checkpoint import Checkpoint, Part
 from llada2_mlx.diffusion import Sampling, Vocabulary, generate
 from llada2_mlx.guidance import Guidance
 from llada2_mlx.imaging.decoder import VAE, DecodeOptions, Decoder, Sampler
-from llada2_mlx.imaging.prepare import Purpose, prepare
+from llada2_mlx.imaging.prepare import Purpose, fit
 from llada2_mlx.imaging.tokenizer import ImageTokenizer
 from llada2_mlx.progress import Progress
 from llada2_mlx.vq import VQGrid
@@ -42,7 +42,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         content = read("generation.json")
         cases = [case for case in content["cases"] if case["kind"] == metafunc.function.__name__.removeprefix("test_")]
         values = [({**content["defaults"][case["kind"]], **case["params"]}, case) for case in cases]
-        marks = [[pytest.mark.skip(reason=f"{what} is not there yet") for key, what in LATER.items() if key in c["name"]] for c in cases]
+        marks = [
+            [pytest.mark.skip(reason=f"{what} is not there yet") for key, what in LATER.items() if key in c["name"]]
+            for c in cases
+        ]
         params = [pytest.param(*value, id=case["name"], marks=mark) for value, case, mark in zip(values, cases, marks)]
         metafunc.parametrize(("params", "generation_case"), params)
     if "encode_case" in metafunc.fixturenames:
@@ -108,19 +111,30 @@ def test_forward(backbone: Backbone, forward: dict) -> None:
 
 
 def test_gate(backbone: Backbone, forward: dict) -> None:
-    experts, weights = compute(backbone, lambda network: first_moe(network).gate(mx.array(forward["layer1.gate_in"][0])))
-    order, expected_order = np.argsort(experts, -1), np.argsort(forward["layer1.gate_idx"], -1)
-    assert (np.take_along_axis(experts, order, -1) == np.take_along_axis(forward["layer1.gate_idx"], expected_order, -1)).all()
-    assert close(np.take_along_axis(weights, order, -1), np.take_along_axis(forward["layer1.gate_w"], expected_order, -1))
+    layer, tensors = moe_layer(forward)
+    width = tensors["gate_in"].shape[-1]
+    run = lambda network: network.model.layers[layer].mlp.gate(mx.array(tensors["gate_in"].reshape(-1, width)))
+    experts, weights = compute(backbone, run)
+    order, expected_order = (
+        np.argsort(experts, -1),
+        np.argsort(tensors["gate_idx"], -1),
+    )  # the order within a row is free
+    assert (np.take_along_axis(experts, order, -1) == np.take_along_axis(tensors["gate_idx"], expected_order, -1)).all()
+    assert close(np.take_along_axis(weights, order, -1), np.take_along_axis(tensors["gate_w"], expected_order, -1))
 
 
 def test_moe_block(backbone: Backbone, forward: dict) -> None:
-    (out,) = compute(backbone, lambda network: [first_moe(network)(mx.array(forward["layer1.moe_in"]))])
-    assert close(out, forward["layer1.moe_out"])
+    layer, tensors = moe_layer(forward)
+    (out,) = compute(backbone, lambda network: [network.model.layers[layer].mlp(mx.array(tensors["moe_in"]))])
+    assert close(out, tensors["moe_out"])
 
 
-def first_moe(network):
-    return network.model.layers[network.config.first_k_dense_replace].mlp
+def moe_layer(forward: dict[str, np.ndarray]) -> tuple[int, dict[str, np.ndarray]]:
+    """The layer whose gate and block the fixtures hold, and its tensors: ``layer1.gate_in`` and so on."""
+    (prefix,) = {name.partition(".")[0] for name in forward if name.startswith("layer")}
+    return int(prefix.removeprefix("layer")), {
+        name.partition(".")[2]: tensor for name, tensor in forward.items() if name.startswith(prefix)
+    }
 
 
 def sampling(params: dict) -> Sampling:
@@ -163,7 +177,9 @@ def test_generate_image(backbone: Backbone, params: dict, generation_case: dict)
         steps=params["steps"],
         block_length=params["block_length"],
     )
-    assert drawing.grid == VQGrid.from_list(expected["token_ids"], expected["h"], expected["w"], backbone.config.codebook_size)
+    assert drawing.grid == VQGrid.from_list(
+        expected["token_ids"], expected["h"], expected["w"], backbone.config.codebook_size
+    )
 
 
 def source_grid(backbone: Backbone, case: dict) -> VQGrid:
@@ -205,13 +221,15 @@ def test_edit_image(backbone: Backbone, params: dict, generation_case: dict) -> 
         steps=params["steps"],
         block_length=params["block_length"],
     )
-    assert drawing.grid == VQGrid.from_list(expected["token_ids"], expected["h"], expected["w"], backbone.config.codebook_size)
+    assert drawing.grid == VQGrid.from_list(
+        expected["token_ids"], expected["h"], expected["w"], backbone.config.codebook_size
+    )
 
 
 def test_encode(golden: Path, image_tokenizer: ImageTokenizer, encode_case: tuple) -> None:
     name, way, expected = encode_case
     with Image.open(golden / "expected" / name) as image:
-        prepared = prepare(image, PREPARATIONS[way])
+        prepared = fit(image, PREPARATIONS[way])
     assert list(prepared.size) == expected["size"]
     (grid,) = image_tokenizer.encode_prepared([prepared])
     assert [1, grid.height, grid.width] == expected["grid"]

@@ -32,7 +32,16 @@ def test_a_checkpoint_that_states_no_size_draws_at_1024(checkpoint: Checkpoint) 
     assert tasks.grid_size(Backbone(checkpoint), 0, 0) == (32, 32)
 
 
-@pytest.mark.parametrize(("size", "message"), [((100, 256), "multiples of 32"), ((128, 256), "no size tokens"), ((288, 256), "no size tokens"), ((-64, 256), "multiples"), ((8192, 256), "no size tokens")])
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((100, 256), "multiples of 32"),
+        ((128, 256), "no size tokens"),
+        ((288, 256), "no size tokens"),
+        ((-64, 256), "multiples"),
+        ((8192, 256), "no size tokens"),
+    ],
+)
 def test_a_size_that_cannot_be_drawn_is_refused_before_anything_runs(size: tuple[int, int], message: str) -> None:
     fresh = Backbone(Checkpoint(BUILT_IN))
     with pytest.raises(RequestError, match=message):
@@ -42,7 +51,9 @@ def test_a_size_that_cannot_be_drawn_is_refused_before_anything_runs(size: tuple
 
 def test_a_prompt_that_is_too_long_is_refused_before_anything_runs() -> None:
     fresh = Backbone(Checkpoint(BUILT_IN))
-    with pytest.raises(RequestError, match=r"too long: 10\d\d\d tokens of prompt and 64 to generate .* the model takes 8192"):
+    with pytest.raises(
+        RequestError, match=r"too long: 10\d\d\d tokens of prompt and 64 to generate .* the model takes 8192"
+    ):
         tasks.text_to_vq(fresh, "x" * 10_000, 256, 256)
     assert not fresh.loaded
 

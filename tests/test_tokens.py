@@ -40,7 +40,10 @@ def test_text_survives(tokens: Tokens, text: str) -> None:
 
 
 def test_special_tokens_and_codes_are_no_text(tokens: Tokens) -> None:
-    assert tokens.decode([*tokens.encode("a"), tokens.end, tokens.mask, tokens.image_offset + 5, *tokens.encode("b")]) == "ab"
+    assert (
+        tokens.decode([*tokens.encode("a"), tokens.end, tokens.mask, tokens.image_offset + 5, *tokens.encode("b")])
+        == "ab"
+    )
 
 
 def test_a_grid_of_another_model_is_refused(tokens: Tokens) -> None:

@@ -25,7 +25,15 @@ def test_a_grid_is_int32_and_read_only(grid: VQGrid) -> None:
 
 
 @pytest.mark.parametrize(
-    "codes", [np.zeros((8,), int), np.zeros((0, 8), int), np.zeros((8, 8)), np.zeros((1, 8, 8), int), np.zeros((8, 8), bool), [["a"]]]
+    "codes",
+    [
+        np.zeros((8,), int),
+        np.zeros((0, 8), int),
+        np.zeros((8, 8)),
+        np.zeros((1, 8, 8), int),
+        np.zeros((8, 8), bool),
+        [["a"]],
+    ],
 )
 def test_what_is_no_grid(codes) -> None:
     with pytest.raises(RequestError, match="array of integers"):
@@ -76,7 +84,9 @@ def test_bad_files(grid: VQGrid, tmp_path: Path) -> None:
         VQGrid.load(path)
 
 
-def test_a_write_that_fails_leaves_what_was_there(grid: VQGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_what_was_there(
+    grid: VQGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "grid.safetensors"
     grid.save(path)
     before = path.read_bytes()

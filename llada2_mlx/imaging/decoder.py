@@ -110,16 +110,23 @@ class Decoder:
         self.device, self.name = device or default_device(), checkpoint.root.name
         self.prior = _load_prior(checkpoint, self.device)
         path = checkpoint.only_safetensors(folder)
-        tensors = {name.replace("semantic_embedder", "cap_embedder"): tensor for name, tensor in read_tensors(path, self.device).items()}
+        tensors = {
+            name.replace("semantic_embedder", "cap_embedder"): tensor
+            for name, tensor in read_tensors(path, self.device).items()
+        }
         if "cap_embedder.1.weight" not in tensors:
             raise CheckpointError(f"{path} lacks semantic_embedder.1.weight; it is not a LLaDA2.0-Uni decoder.")
-        config = {key: value for key, value in checkpoint.json(f"{folder}/config.json").items() if not key.startswith("_")}
+        config = {
+            key: value for key, value in checkpoint.json(f"{folder}/config.json").items() if not key.startswith("_")
+        }
         config |= {"cap_feat_dim": tensors["cap_embedder.1.weight"].shape[1], "axes_lens": [32768, 1024, 1024]}
         with torch.device("meta"):
             transformer = ZImageTransformer2DModel(**config)
         self.transformer = load_module(transformer, tensors, path)
         if (width := self.prior.prior_projector.net["2"].out_features) != config["cap_feat_dim"]:
-            raise CheckpointError(f"The SigVQ prior gives {width} features and {path} takes {config['cap_feat_dim']}: they are of two models.")
+            raise CheckpointError(
+                f"The SigVQ prior gives {width} features and {path} takes {config['cap_feat_dim']}: they are of two models."
+            )
 
     @property
     def codebook_size(self) -> int:
@@ -157,7 +164,9 @@ class Decoder:
             def step(progress: Progress, index: int = index) -> None:
                 on_step(Progress(progress.phase, index * progress.total + progress.done, len(grids) * progress.total))
 
-            latents.append(self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step))
+            latents.append(
+                self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step)
+            )
         return torch.stack(latents)
 
     @torch.inference_mode()
@@ -205,9 +214,13 @@ class VAE:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """[batch, 16, height, width] -> pixels [batch, 8 height, 8 width, 3], float32 in 0 .. 1, on the CPU."""
         config = self.model.config
-        latents = (latents.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor).to(self.model.dtype)
+        latents = (latents.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor).to(
+            self.model.dtype
+        )
         # one after the other: the memory of a batch would be many times that of its latents
-        pixels = torch.cat([self.model.decode(latent[None], return_dict=False)[0].to("cpu", torch.float32) for latent in latents])
+        pixels = torch.cat(
+            [self.model.decode(latent[None], return_dict=False)[0].to("cpu", torch.float32) for latent in latents]
+        )
         return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 
@@ -256,11 +269,15 @@ def _integrate(velocity: Callable, noise: torch.Tensor, options: DecodeOptions, 
         on_step(Progress("decoding", calls, max(total, calls)))
         return result
 
-    adaptive = {"options": {"dtype": torch.float32}, "rtol": 1e-3, "atol": 1e-4} if options.solver in ADAPTIVE_SOLVERS else {}
+    adaptive = (
+        {"options": {"dtype": torch.float32}, "rtol": 1e-3, "atol": 1e-4} if options.solver in ADAPTIVE_SOLVERS else {}
+    )
     return odeint(counted, noise, ode_times(options.steps, noise.device), method=options.solver, **adaptive)[-1]
 
 
-def _renoise(velocity: Callable, noise: torch.Tensor, steps: int, generator: torch.Generator, on_step: OnStep) -> torch.Tensor:
+def _renoise(
+    velocity: Callable, noise: torch.Tensor, steps: int, generator: torch.Generator, on_step: OnStep
+) -> torch.Tensor:
     """The published turbo sampler: predict the picture, then go back to the next time with fresh noise.
 
     The noise is drawn in float64, on the CPU; so is the arithmetic where the device has float64.

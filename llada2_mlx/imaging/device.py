@@ -40,7 +40,9 @@ def read_tensors(path: Path, device: torch.device, dtype: torch.dtype | None = N
             tensors = load_file(path, device=str(device))
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
     if bad := [name for name, ok in zip(tensors, finite, strict=True) if not ok]:
-        raise CheckpointError(f"{path} holds values that are not finite (NaN or infinity) in {bad[0]}. Download it again.")
+        raise CheckpointError(
+            f"{path} holds values that are not finite (NaN or infinity) in {bad[0]}. Download it again."
+        )
     return {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
 
 
@@ -51,7 +53,10 @@ def read_shapes(path: Path) -> dict[str, torch.Size]:
         CheckpointError: the file is damaged.
     """
     with _explained(path):
-        return {name: tensor.shape for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()}
+        return {
+            name: tensor.shape
+            for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+        }
 
 
 @contextmanager
@@ -61,7 +66,9 @@ def _explained(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except Exception as error:  # torch.load raises whatever its reader raises
-        raise CheckpointError(f"{path} cannot be read: it is truncated or damaged ({error}). Download it again.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: it is truncated or damaged ({error}). Download it again."
+        ) from error
 
 
 def load_module(module: torch.nn.Module, tensors: dict[str, torch.Tensor], where: Path) -> torch.nn.Module:

@@ -18,7 +18,9 @@ def to_images(pixels: torch.Tensor) -> list[Image.Image]:
         RequestError: the batch is empty or has another shape.
     """
     if pixels.ndim != 4 or 0 in pixels.shape or pixels.shape[-1] not in _CHANNELS:
-        raise RequestError(f"A picture of shape {list(pixels.shape)} cannot be used; it needs pixels and 1, 3 or 4 channels.")
+        raise RequestError(
+            f"A picture of shape {list(pixels.shape)} cannot be used; it needs pixels and 1, 3 or 4 channels."
+        )
     values = to_bytes(pixels)
     return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in values]
 

@@ -29,25 +29,12 @@ class Purpose(Enum):
 
 
 def prepare(image: Image.Image, purpose: Purpose) -> Image.Image:
-    """The picture in a size that the tokenizer takes, RGB.
-
-    Understanding scales it to about its own size, at most 800 x 800 pixels of area. Editing scales it to cover
-    the nearest of a fixed set of sizes of about 512 x 512 and crops the middle; "as published" crops without
-    any scaling, so that a large photo loses all but its middle and a small one is padded with black.
+    """The picture in a size that the tokenizer takes and the backbone can be told, RGB.
 
     Raises:
         RequestError: the picture is empty, or so thin that its grid has no size token.
     """
-    image = to_rgb(image)
-    if purpose in (Purpose.UNDERSTAND, Purpose.UNDERSTAND_SEVERAL):
-        target = understand_size(*image.size, UNDERSTAND_LARGEST if purpose is Purpose.UNDERSTAND else SEVERAL_LARGEST)
-        covering = cover(image, *target)
-        # the published crop is now and then a step larger than the target
-        box = [max(UNIT * (side // UNIT), wanted) for side, wanted in zip(covering.size, target)]
-        prepared = centre_crop(covering, *box)
-    else:
-        target = edit_size(*image.size)
-        prepared = centre_crop(image if purpose is Purpose.EDIT_PUBLISHED else cover(image, *target), *target)
+    prepared = fit(image, purpose)
     least, most = GRID_SIDES
     if not all(least <= side // PATCH <= most for side in prepared.size):
         raise RequestError(
@@ -56,6 +43,28 @@ def prepare(image: Image.Image, purpose: Purpose) -> Image.Image:
             "Crop it or pad it to a less extreme shape."
         )
     return prepared
+
+
+def fit(image: Image.Image, purpose: Purpose) -> Image.Image:
+    """The picture in the size that the published code gives it, however thin, RGB.
+
+    Understanding scales it to about its own size, at most 800 x 800 pixels of area. Editing scales it to cover
+    the nearest of a fixed set of sizes of about 512 x 512 and crops the middle; "as published" crops without
+    any scaling, so that a large photo loses all but its middle and a small one is padded with black.
+
+    Raises:
+        RequestError: the picture is empty.
+    """
+    image = to_rgb(image)
+    if purpose in (Purpose.UNDERSTAND, Purpose.UNDERSTAND_SEVERAL):
+        target = understand_size(*image.size, UNDERSTAND_LARGEST if purpose is Purpose.UNDERSTAND else SEVERAL_LARGEST)
+        covering = cover(image, *target)
+        # the published crop is now and then a step larger than the target
+        return centre_crop(
+            covering, *(max(UNIT * (side // UNIT), wanted) for side, wanted in zip(covering.size, target, strict=True))
+        )
+    target = edit_size(*image.size)
+    return centre_crop(image if purpose is Purpose.EDIT_PUBLISHED else cover(image, *target), *target)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

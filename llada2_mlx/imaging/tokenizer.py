@@ -41,7 +41,9 @@ class ImageTokenizer:
         path = checkpoint.only_safetensors("image_tokenizer")
         tensors = read_tensors(path, self.device)
         with torch.device("meta"):
-            vision = GlmImageVisionModel._from_config(GlmImageVisionConfig(**config["vision_config"]), attn_implementation="sdpa")
+            vision = GlmImageVisionModel._from_config(
+                GlmImageVisionConfig(**config["vision_config"]), attn_implementation="sdpa"
+            )
             quantiser = GlmImageVQVAE(GlmImageVQVAEConfig(**config["vq_config"]))
         parts = {"model.visual.": vision, "model.vqmodel.": quantiser}
         if strange := [name for name in tensors if not name.startswith(tuple(parts))]:
@@ -73,6 +75,8 @@ class ImageTokenizer:
         pixels = ((pixels - 0.5) / 0.5).to(self.vision.dtype)
         patches = rearrange(pixels, "(h p) (w q) c -> (h w) (c p q)", p=self.patch, q=self.patch)
         height, width = image.height // self.patch, image.width // self.patch
-        features = self.vision(patches, grid_thw=torch.tensor([[1, height, width]], device=self.device)).last_hidden_state
+        features = self.vision(
+            patches, grid_thw=torch.tensor([[1, height, width]], device=self.device)
+        ).last_hidden_state
         codes = self.quantiser.encode(rearrange(features, "(b h w) c -> b c h w", b=1, h=height)).image_tokens
         return VQGrid(codes.view(height, width).cpu().numpy(), self.codebook_size)

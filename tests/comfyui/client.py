@@ -53,7 +53,9 @@ class Comfy:
 
     def post(self, path: str, content: dict) -> Any:
         """The JSON answer, also where the server refuses."""
-        request = urllib.request.Request(f"http://{self.address}{path}", json.dumps(content).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"http://{self.address}{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 body = answer.read()
@@ -66,7 +68,9 @@ class Comfy:
 
     def run(self, prompt: dict, on_event: Callable[[str, dict], None] = lambda kind, data: None) -> Run:
         """Queue a prompt and follow it to its end."""
-        connection = websocket.create_connection(f"ws://{self.address}/ws?clientId={self.client_id}", timeout=RUN_TIMEOUT)
+        connection = websocket.create_connection(
+            f"ws://{self.address}/ws?clientId={self.client_id}", timeout=RUN_TIMEOUT
+        )
         try:
             answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
             assert "prompt_id" in answer, json.dumps(answer, indent=1)
@@ -141,10 +145,22 @@ def serve(folder: Path, python: Path, base: Path, **environment: str) -> Iterato
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = base / f"server-{port}.log"
-    command = [python, "main.py", "--cpu", "--port", str(port), "--base-directory", base, "--disable-auto-launch", "--disable-api-nodes"]
+    command = [
+        python,
+        "main.py",
+        "--cpu",
+        "--port",
+        str(port),
+        "--base-directory",
+        base,
+        "--disable-auto-launch",
+        "--disable-api-nodes",
+    ]
     command += ["--database-url", "sqlite:///:memory:"]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment)
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
+        )
     client = Comfy(port, base, log)
     try:
         for _ in range(2 * START_TIMEOUT):

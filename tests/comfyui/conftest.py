@@ -28,9 +28,15 @@ def comfyui() -> tuple[Path, Path]:
     python = next((Path(path) for path in candidates if path and Path(path).exists()), None)
     if python is None:
         pytest.skip(f"no Python environment in {folder}; set COMFYUI_PYTHON to run these tests")
-    ready = subprocess.run([python, "-c", "import mlx.core, mlx_lm, transformers, diffusers, einops, torchdiffeq"], capture_output=True, text=True)
+    ready = subprocess.run(
+        [python, "-c", "import mlx.core, mlx_lm, transformers, diffusers, einops, torchdiffeq"],
+        capture_output=True,
+        text=True,
+    )
     if ready.returncode:
-        pytest.fail(f"ComfyUI's Python lacks a package: {ready.stderr}\nRun: {python} -m pip install -r {ROOT / 'requirements.txt'}")
+        pytest.fail(
+            f"ComfyUI's Python lacks a package: {ready.stderr}\nRun: {python} -m pip install -r {ROOT / 'requirements.txt'}"
+        )
     return folder, python
 
 

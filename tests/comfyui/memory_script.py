@@ -40,7 +40,11 @@ def free(amount: float) -> None:
 
 
 def loaded() -> set[str]:
-    return {model.name for model in model_management.loaded_models() if isinstance(model, host.ManagedPart) and model.loaded_size()}
+    return {
+        model.name
+        for model in model_management.loaded_models()
+        if isinstance(model, host.ManagedPart) and model.loaded_size()
+    }
 
 
 # one part, however often it is asked for; weights only when the network runs
@@ -108,6 +112,7 @@ else:
 assert vae.value is None and not loaded()
 (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights)
 assert host.image_part("replaced", "VAE").get(NOTHING)
+
 
 # a cancelled load, too
 def cancel(progress) -> None:

@@ -34,14 +34,22 @@ def test_a_node_is_there_and_explains_itself(comfy: Comfy, name: str) -> None:
     assert info["category"] == "LLaDA2" and info["description"] and info["search_aliases"] and info["display_name"]
     assert all(info["output_tooltips"])
     inputs = {**info["input"]["required"], **info["input"].get("optional", {})}
-    for options in [option["inputs"]["required"] for option in inputs.get("decoder", [0, {"options": []}])[1]["options"]]:
+    for options in [
+        option["inputs"]["required"] for option in inputs.get("decoder", [0, {"options": []}])[1]["options"]
+    ]:
         inputs |= options
     assert all(options.get("tooltip") for _, options in inputs.values()), name
 
 
 def test_defaults_are_the_models_own(comfy: Comfy) -> None:
     default = lambda node, name: comfy.get(f"/object_info/{node}")[node]["input"]["required"][name][1]["default"]
-    assert [default("LLaDA2TextToVQ", name) for name in ("width", "height", "steps", "guidance", "temperature")] == [0, 0, 8, 2.0, 0.0]
+    assert [default("LLaDA2TextToVQ", name) for name in ("width", "height", "steps", "guidance", "temperature")] == [
+        0,
+        0,
+        8,
+        2.0,
+        0.0,
+    ]
     assert [default("LLaDA2TextToVQ", name) for name in ("block_length", "threshold", "rescale")] == [32, 0.95, 0.7]
     assert [default("LLaDA2Understand", name) for name in ("steps", "max_new_tokens")] == [32, 2048]
     assert [default("LLaDA2Edit", name) for name in ("steps", "text_guidance", "image_guidance")] == [8, 4.0, 0.0]
@@ -97,7 +105,11 @@ def test_progress_arrives_for_tokens_and_for_pixels(comfy: Comfy, unique: str) -
 
 
 def test_the_answer_grows_on_the_canvas(comfy: Comfy, unique: str) -> None:
-    run = ran(comfy.run(workflow("ask_about_a_picture", **{"5": {"question": unique, "max_new_tokens": 256, "threshold": 1.0}})))
+    run = ran(
+        comfy.run(
+            workflow("ask_about_a_picture", **{"5": {"question": unique, "max_new_tokens": 256, "threshold": 1.0}})
+        )
+    )
     texts = [text for node, text in run.texts if node == "5"]
     assert len(texts) > 1 and len(set(texts)) > 1
     assert texts[-1] == run.outputs["6"]["text"][0]  # nothing of it is left unfinished
@@ -190,7 +202,9 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
         if node["type"] != "PreviewAny":  # keeps what it showed
             assert not values
         graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    assert graph == {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in workflow(name).items()}
+    assert graph == {
+        key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in workflow(name).items()
+    }
     (note,) = [node for node in editor["nodes"] if node["type"] == "MarkdownNote"]
     needs_a_picture = any(node["class_type"] == "SigLIPVQEncode" for node in graph.values())
     assert ("Load Image" in note["widgets_values"][0]) == needs_a_picture
@@ -203,7 +217,10 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
 def test_a_bad_size_is_refused_when_queueing(comfy: Comfy, side: int) -> None:
     for name in ("width", "height"):
         said = comfy.refused(workflow("text_to_image", **{"2": {name: side}}))
-        assert f"The {name} is {side}; it has to be 0 (the model's own size) or a multiple of 64 from 256 to 8128 pixels." in said
+        assert (
+            f"The {name} is {side}; it has to be 0 (the model's own size) or a multiple of 64 from 256 to 8128 pixels."
+            in said
+        )
 
 
 @pytest.mark.parametrize(
@@ -220,7 +237,9 @@ def test_a_bad_size_is_refused_when_queueing(comfy: Comfy, side: int) -> None:
         ("text_to_image", "1", {"precision": "int3"}, "not in"),
     ],
 )
-def test_what_can_be_checked_is_refused_when_queueing(comfy: Comfy, name: str, node: str, inputs: dict, sentence: str) -> None:
+def test_what_can_be_checked_is_refused_when_queueing(
+    comfy: Comfy, name: str, node: str, inputs: dict, sentence: str
+) -> None:
     prompt = workflow(name, **{node: inputs})
     before = {"edit_a_picture": "7", "picture_codes_picture": "6"}.get(name)
     prompt.pop(before, None)  # saves the first picture, which nothing is wrong with, and ComfyUI would run that much
@@ -251,7 +270,9 @@ def test_linked_text_is_checked_first_thing_in_the_run(comfy: Comfy) -> None:
 
 
 def test_a_prompt_that_is_too_long(comfy: Comfy) -> None:
-    assert "and the model takes 8192" in failed(comfy.run(workflow("text_to_image", **{"2": {"prompt": "x" * 10_000}})), "2")
+    assert "and the model takes 8192" in failed(
+        comfy.run(workflow("text_to_image", **{"2": {"prompt": "x" * 10_000}})), "2"
+    )
 
 
 def test_a_grid_of_another_model_is_refused(comfy: Comfy) -> None:
@@ -325,7 +346,9 @@ def test_the_workflows_are_templates_with_thumbnails(comfy: Comfy) -> None:
 
     assert sorted(comfy.get("/workflow_templates")["ComfyUI-LLaDA2-MLX"]) == NAMES
     for name in NAMES:
-        with urllib.request.urlopen(f"http://{comfy.address}/api/workflow_templates/ComfyUI-LLaDA2-MLX/{name}.jpg") as answer:
+        with urllib.request.urlopen(
+            f"http://{comfy.address}/api/workflow_templates/ComfyUI-LLaDA2-MLX/{name}.jpg"
+        ) as answer:
             assert answer.headers["Content-Type"] == "image/jpeg"
 
 

@@ -12,7 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llada2_mlx.checkpoint import BUILT_IN, Checkpoint, Part
 from llada2_mlx.errors import RequestError
 from llada2_mlx.imaging import decoder as module
-from llada2_mlx.imaging.decoder import ADAPTIVE_SOLVERS, FIXED_SOLVERS, SOLVERS, VAE, DecodeOptions, Decoder, Sampler, guide, ode_times
+from llada2_mlx.imaging.decoder import (
+    ADAPTIVE_SOLVERS,
+    FIXED_SOLVERS,
+    SOLVERS,
+    VAE,
+    DecodeOptions,
+    Decoder,
+    Sampler,
+    guide,
+    ode_times,
+)
 from llada2_mlx.progress import Progress
 from llada2_mlx.vq import VQGrid
 
@@ -87,7 +97,11 @@ def test_guidance_is_scaled_down_and_never_up() -> None:
 def test_without_guidance_the_network_sees_one_conditioning(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     forward = decoder.transformer.forward
-    monkeypatch.setattr(decoder.transformer, "forward", lambda x, *rest, **options: (sizes.append(len(x)), forward(x, *rest, **options))[1])
+    monkeypatch.setattr(
+        decoder.transformer,
+        "forward",
+        lambda x, *rest, **options: (sizes.append(len(x)), forward(x, *rest, **options))[1],
+    )
     decoder.sample([grid()], replace(OPTIONS, guidance=0.0))
     decoder.sample([grid()], OPTIONS)
     assert sizes == [1, 1, 2, 2]
@@ -114,7 +128,16 @@ def test_a_grid_of_another_model_is_refused_before_any_step(decoder: Decoder) ->
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 1}, {"steps": 0, "sampler": Sampler.RENOISE}, {"guidance": -1}, {"upscale": 3}, {"solver": "best"}, {"seed": -1}, {"seed": 2**64}]
+    "options",
+    [
+        {"steps": 1},
+        {"steps": 0, "sampler": Sampler.RENOISE},
+        {"guidance": -1},
+        {"upscale": 3},
+        {"solver": "best"},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(RequestError):
@@ -135,8 +158,12 @@ class Doubles(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("options", [*({"solver": solver} for solver in (*FIXED_SOLVERS, "dopri5")), {"sampler": Sampler.RENOISE}], ids=str)
-def test_no_double_precision_where_the_device_has_none(decoder: Decoder, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options", [*({"solver": solver} for solver in (*FIXED_SOLVERS, "dopri5")), {"sampler": Sampler.RENOISE}], ids=str
+)
+def test_no_double_precision_where_the_device_has_none(
+    decoder: Decoder, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "has_float64", lambda device: False)
     options = replace(OPTIONS, guidance=0.0, **options)
     decoder.sample([grid()], OPTIONS)  # diffusers makes its rotary table once, in double precision on the CPU

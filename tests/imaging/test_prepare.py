@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pictures import noise
+from PIL import Image
 
 from llada2_mlx.errors import RequestError
 from llada2_mlx.imaging.pixels import to_images
@@ -28,7 +28,10 @@ def test_the_size_to_understand_at(size: tuple[int, int], target: tuple[int, int
     assert understand_size(*size) == target
 
 
-@pytest.mark.parametrize(("size", "target"), [((1000, 1000), (512, 512)), ((1600, 900), (672, 384)), ((400, 100), (1024, 256)), ((1, 9000), (256, 1024))])
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [((1000, 1000), (512, 512)), ((1600, 900), (672, 384)), ((400, 100), (1024, 256)), ((1, 9000), (256, 1024))],
+)
 def test_the_size_to_edit_at(size: tuple[int, int], target: tuple[int, int]) -> None:
     assert edit_size(*size) == target
 
@@ -49,7 +52,10 @@ def test_a_small_picture_is_padded_as_published_and_fills_otherwise() -> None:
     assert ours.shape == (512, 512, 3) and (ours == (255, 0, 0)).all()
 
 
-@pytest.mark.parametrize(("size", "crop"), [((720, 500), (736, 512)), ((750, 500), (768, 512)), ((500, 720), (512, 736)), ((704, 500), (704, 512))])
+@pytest.mark.parametrize(
+    ("size", "crop"),
+    [((720, 500), (736, 512)), ((750, 500), (768, 512)), ((500, 720), (512, 736)), ((704, 500), (704, 512))],
+)
 def test_a_crop_that_comes_out_larger_than_its_target(size: tuple[int, int], crop: tuple[int, int]) -> None:
     # 720 x 500 has the target 704 x 512; covering it takes 737 x 512, and the published crop keeps every whole step of that
     prepared = prepare(noise(*size), Purpose.UNDERSTAND)
@@ -85,7 +91,11 @@ def test_transparent_parts_become_white() -> None:
 
 def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (64, 1))
-    for image in (Image.fromarray(ramp), Image.fromarray(ramp.astype(np.int32)), Image.fromarray(ramp.astype(np.float32))):
+    for image in (
+        Image.fromarray(ramp),
+        Image.fromarray(ramp.astype(np.int32)),
+        Image.fromarray(ramp.astype(np.float32)),
+    ):
         assert np.array(to_rgb(image))[0, :, 0] == pytest.approx(np.arange(256), abs=1)
 
 

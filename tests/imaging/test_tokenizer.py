@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
 from pictures import noise
+from PIL import Image
 
 from llada2_mlx.checkpoint import BUILT_IN, Checkpoint
 from llada2_mlx.errors import RequestError
