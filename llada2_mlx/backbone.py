@@ -12,10 +12,13 @@ from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
 
+import mlx.core as mx
+
 from .checkpoint import Checkpoint, Part
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
 from .tokens import Tokens
+from .weights import PRECISIONS, check_backbone, compute_type, load_backbone
 from .worker import MLXWorker
 
 T = TypeVar("T")
@@ -35,8 +38,6 @@ class Backbone:
     """
 
     def __init__(self, checkpoint: Checkpoint, precision: str = "auto"):
-        from .weights import PRECISIONS, check_backbone, compute_type
-
         if precision not in ("auto", *PRECISIONS):
             raise RequestError(f"The precision is {precision!r}; it has to be one of auto, {', '.join(PRECISIONS)}.")
         self.checkpoint, self.precision = checkpoint.require(Part.BACKBONE), precision
@@ -65,16 +66,12 @@ class Backbone:
         Raises:
             CheckpointError: a tensor holds values that are not finite, or a file is damaged.
         """
-        from .weights import load_backbone
-
         with self._loading:
             if self._model is None:
                 self._model = self._drive(load_backbone(self.checkpoint, self.precision), on_step)
 
     def unload(self) -> None:
         """Let the weights go. They are read again on the next use."""
-        import mlx.core as mx
-
         self._model = None
         self._worker.call(mx.clear_cache)
 
@@ -84,6 +81,7 @@ class Backbone:
         Args:
             job: makes a generator of ``Progress`` whose return value is the result.
             on_step: called after each step in this thread; what it raises ends the job before the next one.
+        options: of the job.
         """
         self.load(on_step)
         return self._drive(job(self._model, *args, **options), on_step)

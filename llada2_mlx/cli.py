@@ -10,8 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import prompts, tasks
-from .backbone import Backbone
+from . import prompts
 from .checkpoint import BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
@@ -21,7 +20,9 @@ from .vq import VQGrid
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .diffusion import Report
+    from .backbone import Backbone
+    from .diffusion import Report, Sampling
+    from .imaging.decoder import DecodeOptions
 
 SAMPLERS = {"ode": "ODE", "published": "as published"}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
@@ -45,13 +46,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def t2i(a: argparse.Namespace) -> None:
     """Draw a picture."""
+    from . import tasks
+
     prompts.require_text(a.prompt, "prompt")
     _writable(a.output, ".png")
     if a.codes:
         _writable(a.codes, ".safetensors")
     checkpoint = resolve(a.model, Part.BACKBONE, *_decoder_parts(a))
-    options = _decode_options(a)
-    drawing = _text_to_vq(a, Backbone(checkpoint, a.precision))
+    options, sampling, backbone = _decode_options(a), _sampling(a), _backbone(a, checkpoint)
+    size = {"width": a.width, "height": a.height}
+    with _Bars() as on_step:
+        guided = {"guidance": a.guidance, "rescale": a.rescale, "sampling": sampling}
+        drawing = tasks.text_to_vq(backbone, a.prompt, **size, **guided, on_step=on_step)
     if a.codes:
         drawing.grid.save(a.codes)
     _decode(a, checkpoint, drawing.grid, options)
@@ -60,27 +66,30 @@ def t2i(a: argparse.Namespace) -> None:
 
 def understand(a: argparse.Namespace) -> None:
     """Answer a question about a picture."""
+    from . import tasks
+
     prompts.require_text(a.question, "question")
     checkpoint = resolve(a.model, Part.BACKBONE, Part.IMAGE_TOKENIZER)
-    backbone = Backbone(checkpoint, a.precision)
+    sampling, backbone = _sampling(a), _backbone(a, checkpoint)
     grid = _encode(a, checkpoint, "understand")
     with _Bars() as on_step:
-        answer = tasks.understand(backbone, grid, a.question, a.max_new_tokens, on_step=on_step, **_sampling(a))
+        answer = tasks.understand(backbone, grid, a.question, a.max_new_tokens, sampling, on_step=on_step)
     print(answer.text)
     _tell(answer.report)
 
 
 def edit(a: argparse.Namespace) -> None:
     """Change a picture as an instruction says."""
+    from . import tasks
+
     prompts.require_text(a.instruction, "instruction")
     _writable(a.output, ".png")
     checkpoint = resolve(a.model, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
-    options, backbone = _decode_options(a), Backbone(checkpoint, a.precision)
+    options, sampling, backbone = _decode_options(a), _sampling(a), _backbone(a, checkpoint)
     grid = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit")
     with _Bars() as on_step:
-        drawing = tasks.edit(
-            backbone, grid, a.instruction, a.guidance, a.image_guidance, a.rescale, on_step=on_step, **_sampling(a)
-        )
+        guided = {"text_guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
+        drawing = tasks.edit(backbone, grid, a.instruction, **guided, sampling=sampling, on_step=on_step)
     _decode(a, checkpoint, drawing.grid, options)
     _tell(drawing.report)
 
@@ -111,7 +120,7 @@ def info(a: argparse.Namespace) -> None:
         missing = checkpoint.missing(part)
         print(f"{part.value}: {'missing ' + ', '.join(missing) if missing else 'complete'}")
     if not checkpoint.missing(Part.BACKBONE):
-        backbone = Backbone(checkpoint, a.precision)
+        backbone = _backbone(a, checkpoint)
         print(f"weights: {backbone.size / 1e9:.2f} GB in {backbone.dtype}".replace("mlx.core.", ""))
         print(f"draws: {checkpoint.image_size} x {checkpoint.image_size} pixels unless told otherwise")
         print(json.dumps(asdict(backbone.config), indent=1))
@@ -162,11 +171,10 @@ class _Bars:
             self.bar.close()
 
 
-def _text_to_vq(a: argparse.Namespace, backbone: Backbone) -> tasks.Drawing:
-    with _Bars() as on_step:
-        return tasks.text_to_vq(
-            backbone, a.prompt, a.width, a.height, a.guidance, a.rescale, on_step=on_step, **_sampling(a)
-        )
+def _backbone(a: argparse.Namespace, checkpoint: Checkpoint) -> Backbone:
+    from .backbone import Backbone
+
+    return Backbone(checkpoint, a.precision)
 
 
 def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str) -> VQGrid:
@@ -177,7 +185,7 @@ def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str) -> VQGr
     return load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a)).encode(image, Purpose(PURPOSES[purpose]))
 
 
-def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options) -> None:
+def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options: DecodeOptions) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     from .imaging import load_part
@@ -222,18 +230,17 @@ def _decoder_parts(a: argparse.Namespace) -> tuple[Part, Part]:
     return DECODERS[a.decoder][0], Part.VAE
 
 
-def _decode_options(a: argparse.Namespace):
+def _decode_options(a: argparse.Namespace) -> DecodeOptions:
     from .imaging.decoder import DecodeOptions, Sampler
 
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
     return DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, Sampler(SAMPLERS[a.sampler]), a.solver)
 
 
-def _sampling(a: argparse.Namespace) -> dict:
-    """The options of ``diffusion.Sampling`` that the command has."""
+def _sampling(a: argparse.Namespace) -> Sampling:
     from .diffusion import Sampling
 
-    return {field.name: getattr(a, field.name) for field in fields(Sampling) if hasattr(a, field.name)}
+    return Sampling(**{field.name: getattr(a, field.name) for field in fields(Sampling)})
 
 
 def _device(a: argparse.Namespace):

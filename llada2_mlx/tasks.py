@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from . import prompts
 from .backbone import Backbone
+from .diffusion import Method, Report, Sampling, Vocabulary, check_length, generate
 from .errors import RequestError
+from .guidance import Guidance
 from .progress import OnStep, Progress, ignore
 from .vq import VQGrid
-
-if TYPE_CHECKING:
-    from .diffusion import Report
-    from .guidance import Guidance
 
 # Pixels of the decoded picture per code: the tokenizer has 16, the decoder doubles.
 PIXELS_PER_CODE = 32
@@ -22,7 +19,7 @@ PIXELS_PER_CODE = 32
 
 @dataclass(frozen=True)
 class Drawing:
-    """A grid of codes, and what it took (``diffusion.Report``)."""
+    """A grid of codes, and what it took."""
 
     grid: VQGrid
     report: Report
@@ -30,7 +27,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, its token ids, and what it took (``diffusion.Report``)."""
+    """A text, its token ids, and what it took."""
 
     text: str
     ids: list[int]
@@ -44,8 +41,9 @@ def text_to_vq(
     height: int = 0,
     guidance: float = 2.0,
     rescale: float = 0.7,
+    sampling: Sampling = Sampling(steps=8),
+    method: Method = Method.CACHED,
     on_step: OnStep = ignore,
-    **options: Any,
 ) -> Drawing:
     """Draw a picture as codes.
 
@@ -54,7 +52,7 @@ def text_to_vq(
         width, height: of the decoded picture in pixels, multiples of 32; 0 is the model's own size.
         guidance: scale of the simple classifier-free guidance; 1 is none.
         rescale: see ``guidance.Guidance``.
-        options: of ``diffusion.Sampling`` (8 steps unless given), and ``method``.
+        sampling, method: how tokens are chosen, and how the network is run.
 
     Returns:
         A grid of ``height / 32 x width / 32`` codes.
@@ -62,11 +60,9 @@ def text_to_vq(
     Raises:
         RequestError: the size has no size token, or the prompt is too long; before anything runs.
     """
-    from .guidance import Guidance
-
     rows, columns = grid_size(backbone, width, height)
     request = prompts.text_to_image(backbone.tokens, prompt, rows, columns)
-    return _draw(backbone, request, rows, columns, Guidance.simple(guidance, rescale), on_step, options)
+    return _draw(backbone, request, rows, columns, Guidance.simple(guidance, rescale), sampling, method, on_step)
 
 
 def edit(
@@ -76,31 +72,23 @@ def edit(
     text_guidance: float = 4.0,
     image_guidance: float = 0.0,
     rescale: float = 0.7,
+    sampling: Sampling = Sampling(steps=8),
+    method: Method = Method.CACHED,
     on_step: OnStep = ignore,
-    **options: Any,
 ) -> Drawing:
     """Draw a picture anew, changed as the instruction says. The result has the size of ``grid``.
 
     Args:
         grid: the picture as codes, prepared for editing.
         text_guidance, image_guidance: how strongly to follow the instruction, and to keep to the picture.
-        options: as of ``text_to_vq``.
+        sampling, method: how tokens are chosen, and how the network is run.
 
     Raises:
         RequestError: the grid is of another model or has no size token, or the request is too long.
     """
-    from .guidance import Guidance
-
     request = prompts.edit(backbone.tokens, grid, instruction)
-    return _draw(
-        backbone,
-        request,
-        grid.height,
-        grid.width,
-        Guidance.editing(text_guidance, image_guidance, rescale),
-        on_step,
-        options,
-    )
+    guidance = Guidance.editing(text_guidance, image_guidance, rescale)
+    return _draw(backbone, request, grid.height, grid.width, guidance, sampling, method, on_step)
 
 
 def understand(
@@ -108,9 +96,10 @@ def understand(
     grid: VQGrid,
     question: str,
     max_new_tokens: int = 2048,
+    sampling: Sampling = Sampling(steps=32),
+    method: Method = Method.CACHED,
     on_step: OnStep = ignore,
     on_text: Callable[[str], None] | None = None,
-    **options: Any,
 ) -> Answer:
     """Answer a question about a picture.
 
@@ -118,13 +107,11 @@ def understand(
         grid: the picture as codes, prepared for understanding.
         max_new_tokens: the answer's length at most.
         on_text: called after each step with the answer so far; a stretch not yet denoised reads "…".
-        options: of ``diffusion.Sampling`` (32 steps unless given), and ``method``.
+        sampling, method: how tokens are chosen, and how the network is run.
 
     Raises:
         RequestError: the grid is of another model or has no size token, or the request is too long.
     """
-    from .diffusion import Sampling, Vocabulary, check_length, generate
-
     tokens = backbone.tokens
     request = prompts.understand(tokens, grid, question)
     check_length(len(request.conditional), max_new_tokens, backbone.config.max_position_embeddings)
@@ -134,17 +121,9 @@ def understand(
         if on_text and progress.generated:
             on_text(readable(backbone, progress.generated[:max_new_tokens]))
 
-    method = {"method": options.pop("method")} if "method" in options else {}
     vocabulary = Vocabulary(tokens.mask, end=tokens.end)
-    done = backbone.run(
-        generate,
-        request.branches,
-        max_new_tokens,
-        vocabulary,
-        Sampling(**{"steps": 32, **options}),
-        on_step=step,
-        **method,
-    )
+    options = {"sampling": sampling, "method": method, "on_step": step}
+    done = backbone.run(generate, request.branches, max_new_tokens, vocabulary, **options)
     return Answer(tokens.decode(done.ids), done.ids, done.report)
 
 
@@ -182,15 +161,19 @@ def readable(backbone: Backbone, ids: tuple[int, ...]) -> str:
 
 
 def _draw(
-    backbone: Backbone, request: prompts.Prompt, rows: int, columns: int, guidance, on_step: OnStep, options: dict
+    backbone: Backbone,
+    request: prompts.Prompt,
+    rows: int,
+    columns: int,
+    guidance: Guidance,
+    sampling: Sampling,
+    method: Method,
+    on_step: OnStep,
 ) -> Drawing:
-    from .diffusion import Sampling, Vocabulary, check_length, generate
-
-    length, codebook = rows * columns, backbone.config.codebook_size
+    length, offset = rows * columns, backbone.config.image_token_offset
     check_length(len(request.conditional), length, backbone.config.max_position_embeddings)
-    method = {"method": options.pop("method")} if "method" in options else {}
-    vocabulary = Vocabulary(backbone.tokens.mask, first=backbone.config.image_token_offset)
-    sampling = Sampling(**{"steps": 8, **options})
-    done = backbone.run(generate, request.branches, length, vocabulary, sampling, guidance, on_step=on_step, **method)
-    codes = [token - backbone.config.image_token_offset for token in done.ids]
-    return Drawing(VQGrid.from_list(codes, rows, columns, codebook), done.report)
+    vocabulary = Vocabulary(backbone.tokens.mask, first=offset)
+    options = {"sampling": sampling, "guidance": guidance, "method": method, "on_step": on_step}
+    done = backbone.run(generate, request.branches, length, vocabulary, **options)
+    codes = [token - offset for token in done.ids]
+    return Drawing(VQGrid.from_list(codes, rows, columns, backbone.config.codebook_size), done.report)

@@ -70,6 +70,7 @@ class LLaDA2TextToVQ(io.ComfyNode):
         cls, backbone, prompt, width, height, steps, guidance, seed, temperature, block_length, threshold, rescale
     ) -> io.NodeOutput:
         from ..llada2_mlx import prompts, tasks
+        from ..llada2_mlx.diffusion import Sampling
 
         prompts.require_text(prompt, "prompt")
         drawing = tasks.text_to_vq(
@@ -79,12 +80,8 @@ class LLaDA2TextToVQ(io.ComfyNode):
             height,
             guidance,
             rescale,
-            host.progress(),
-            steps=steps,
-            seed=seed,
-            temperature=temperature,
-            block_length=block_length,
-            threshold=threshold,
+            Sampling(block_length, steps, threshold, temperature, seed=seed),
+            on_step=host.progress(),
         )
         return io.NodeOutput((drawing.grid,))
 
@@ -154,6 +151,7 @@ class LLaDA2Edit(io.ComfyNode):
         rescale,
     ) -> io.NodeOutput:
         from ..llada2_mlx import prompts, tasks
+        from ..llada2_mlx.diffusion import Sampling
         from ..llada2_mlx.vq import picture_seed
 
         prompts.require_text(instruction, "instruction")
@@ -166,12 +164,8 @@ class LLaDA2Edit(io.ComfyNode):
                 text_guidance,
                 image_guidance,
                 rescale,
-                host.progress(index, len(vq)),
-                steps=steps,
-                seed=picture_seed(seed, index),
-                temperature=temperature,
-                block_length=block_length,
-                threshold=threshold,
+                Sampling(block_length, steps, threshold, temperature, seed=picture_seed(seed, index)),
+                on_step=host.progress(index, len(vq)),
             )
             edited.append(drawing.grid)
         return io.NodeOutput(tuple(edited))

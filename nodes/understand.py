@@ -58,6 +58,7 @@ class LLaDA2Understand(io.ComfyNode):
         cls, backbone, vq, question, steps, max_new_tokens, seed, temperature, block_length, threshold
     ) -> io.NodeOutput:
         from ..llada2_mlx import prompts, tasks
+        from ..llada2_mlx.diffusion import Sampling
         from ..llada2_mlx.vq import picture_seed
 
         prompts.require_text(question, "question")
@@ -69,13 +70,9 @@ class LLaDA2Understand(io.ComfyNode):
                 grid,
                 question,
                 max_new_tokens,
-                host.progress(index, len(vq)),
-                show,
-                steps=steps,
-                seed=picture_seed(seed, index),
-                temperature=temperature,
-                block_length=block_length,
-                threshold=threshold,
+                Sampling(block_length, steps, threshold, temperature, seed=picture_seed(seed, index)),
+                on_step=host.progress(index, len(vq)),
+                on_text=show,
             )
             show(answer.text, final=True)
             answers.append(answer.text)

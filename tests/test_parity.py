@@ -174,8 +174,7 @@ def test_generate_image(backbone: Backbone, params: dict, generation_case: dict)
         params["image_h"],
         params["cfg_scale"],
         params["cfg_rescale"],
-        steps=params["steps"],
-        block_length=params["block_length"],
+        sampling(params),
     )
     assert drawing.grid == VQGrid.from_list(
         expected["token_ids"], expected["h"], expected["w"], backbone.config.codebook_size
@@ -196,9 +195,7 @@ def test_understand_image(backbone: Backbone, params: dict, generation_case: dic
         grid,
         question,
         params["gen_length"],
-        steps=params["steps"],
-        threshold=params["threshold"],
-        block_length=params["block_length"],
+        sampling(params),
     )
     assert call["input_ids"] + answer.ids == call["output_ids"]
     # the published function decodes question and answer together
@@ -218,8 +215,7 @@ def test_edit_image(backbone: Backbone, params: dict, generation_case: dict) -> 
         params["cfg_text_scale"],
         params["cfg_image_scale"],
         params["cfg_rescale"],
-        steps=params["steps"],
-        block_length=params["block_length"],
+        sampling(params),
     )
     assert drawing.grid == VQGrid.from_list(
         expected["token_ids"], expected["h"], expected["w"], backbone.config.codebook_size

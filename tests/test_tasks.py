@@ -7,7 +7,7 @@ import pytest
 from llada2_mlx import tasks
 from llada2_mlx.backbone import Backbone
 from llada2_mlx.checkpoint import BUILT_IN, Checkpoint
-from llada2_mlx.diffusion import Method
+from llada2_mlx.diffusion import Method, Sampling
 from llada2_mlx.errors import RequestError
 from llada2_mlx.vq import VQGrid
 
@@ -60,9 +60,9 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_runs() -> None:
 
 @pytest.mark.parametrize("prompt", ["🦊🌨️ 狐狸 in the snow", "x" * 1100, "a\nb\tc", "<boi>"])
 def test_unusual_prompts(backbone: Backbone, prompt: str) -> None:
-    grid = tasks.text_to_vq(backbone, prompt, steps=2).grid
+    grid = tasks.text_to_vq(backbone, prompt, sampling=Sampling(steps=2)).grid
     assert (grid.height, grid.width) == (8, 8)
-    assert grid == tasks.text_to_vq(backbone, prompt, steps=2, method=Method.RECOMPUTE).grid
+    assert grid == tasks.text_to_vq(backbone, prompt, sampling=Sampling(steps=2), method=Method.RECOMPUTE).grid
 
 
 def test_an_edit_has_the_size_of_its_source(backbone: Backbone, grid: VQGrid) -> None:
@@ -94,7 +94,7 @@ def test_an_answer_longer_than_the_model_is_refused(backbone: Backbone, grid: VQ
 
 
 def test_seeds_matter_above_temperature_0_only(backbone: Backbone, grid: VQGrid) -> None:
-    draw = lambda **options: tasks.text_to_vq(backbone, "a cat", **options).grid
+    draw = lambda **options: tasks.text_to_vq(backbone, "a cat", sampling=Sampling(steps=8, **options)).grid
     assert draw(seed=1) == grid
     assert draw(seed=1, temperature=1.0) == draw(seed=1, temperature=1.0)
     assert draw(seed=1, temperature=1.0) != draw(seed=2, temperature=1.0)
