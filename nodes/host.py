@@ -126,10 +126,13 @@ def progress(item: int = 0, items: int = 1) -> OnStep:
     Args:
         item, items: which of how many equal pieces of work this is.
     """
-    bar = ProgressBar(1)
+    bar, phase = ProgressBar(1), ""
 
     def step(progress: Progress) -> None:
+        nonlocal bar, phase
         model_management.throw_exception_if_processing_interrupted()
+        if progress.phase != phase:  # a bar does not go back
+            bar, phase = ProgressBar(1), progress.phase
         bar.update_absolute(item * progress.total + progress.done, items * progress.total)
 
     return step

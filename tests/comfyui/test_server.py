@@ -104,6 +104,14 @@ def test_progress_arrives_for_tokens_and_for_pixels(comfy: Comfy, unique: str) -
         assert own and own[-1]["value"] <= own[-1]["max"]
 
 
+def test_the_bar_starts_again_after_the_weights_were_loaded(comfy: Comfy, unique: str) -> None:
+    comfy.post("/free", {"unload_models": True})
+    run = ran(comfy.run(workflow("text_to_image", **{"2": {"prompt": unique}})))
+    own = [(event["value"], event["max"]) for event in run.progress if event["node"] == "2"]
+    weights, denoising = own[0][1], own[-1][1]
+    assert weights != denoising and (1, weights) in own and (1, denoising) in own
+
+
 def test_the_answer_grows_on_the_canvas(comfy: Comfy, unique: str) -> None:
     run = ran(
         comfy.run(
