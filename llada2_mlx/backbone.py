@@ -84,7 +84,10 @@ class Backbone:
         options: of the job.
         """
         self.load(on_step)
-        return self._drive(job(self._model, *args, **options), on_step)
+        try:
+            return self._drive(job(self._model, *args, **options), on_step)
+        finally:
+            self._worker.call(mx.clear_cache)  # what a run leaves in the buffer cache is memory that others miss
 
     def _drive(self, steps: Steps[T], on_step: OnStep) -> T:
         def advance() -> tuple[Progress | None, T | None]:

@@ -67,9 +67,18 @@ class Checkpoint:
 
     root: Path
 
+    def files(self, part: Part) -> list[Path]:
+        """The files of ``part`` that are there, sorted."""
+        patterns = FILES[part] + ((_INDEX,) if part is Part.BACKBONE else ())
+        return sorted(path for pattern in patterns for path in self.root.glob(pattern))
+
     def missing(self, part: Part) -> list[str]:
-        """The files of ``part`` that this folder lacks, as globs relative to it; empty if it is complete."""
-        return [pattern for pattern in FILES[part] if not any(self.root.glob(pattern))]
+        """The files of ``part`` that this folder lacks, relative to it, some as globs; empty if it is complete."""
+        missing = [pattern for pattern in FILES[part] if not any(self.root.glob(pattern))]
+        if part is Part.BACKBONE and (self.root / _INDEX).exists():
+            shards = set((self.json(_INDEX).get("weight_map") or {}).values())
+            missing += sorted(name for name in shards if not (self.root / name).exists())
+        return missing
 
     def require(self, *parts: Part) -> Checkpoint:
         """This checkpoint, if it is a folder that has all of ``parts``.
@@ -82,7 +91,7 @@ class Checkpoint:
         for part in parts:
             if missing := self.missing(part):
                 raise CheckpointError(
-                    f"The model folder {self.root} has no {part.value}: {', '.join(missing)} is not there. "
+                    f"The model folder {self.root} has no complete {part.value}: {_some(missing)} is not there. "
                     f"A folder in the layout of {HUB_MODEL} is needed; download what is missing or choose another model."
                 )
         return self
@@ -125,17 +134,15 @@ class Checkpoint:
             return safetensors_header(files[0])
         weight_map = self.json(_INDEX).get("weight_map") or {}
         files = sorted({self.root / name for name in weight_map.values()})
-        if absent := [path.name for path in files if not path.exists()]:
-            raise CheckpointError(f"{self.root} lacks {_some(absent)}, which {_INDEX} names; finish the download.")
         tensors = {name: info for path in files for name, info in safetensors_header(path).items()}
         if absent := [f"{name} (in {file})" for name, file in weight_map.items() if name not in tensors]:
             raise CheckpointError(f"{self.root}: {_INDEX} names tensors that are not in their files: {_some(absent)}.")
         return tensors
 
     def weight_bytes(self, part: Part) -> int:
-        """Size of a part's weight files in bytes, which is about what it takes in memory."""
-        files = {path for pattern in FILES[part] for path in self.root.glob(pattern)}
-        return sum(path.stat().st_size for path in files if path.suffix in (".safetensors", ".pt"))
+        """About what the weights of a part that runs in PyTorch take in memory."""
+        stored = sum(path.stat().st_size for path in self.files(part) if path.suffix in (".safetensors", ".pt"))
+        return 2 * stored if part is Part.VAE else stored  # the VAE runs in float32
 
     def only_safetensors(self, folder: str) -> Path:
         """The single safetensors file of a sub-folder; releases name it differently."""
@@ -185,7 +192,7 @@ def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, .
 def resolve(model: str | Path, *parts: Part) -> Checkpoint:
     """The checkpoint that a person means by ``model``: a folder, or the id of a hub model to download.
 
-    Only the files of ``parts`` are downloaded, into the hub's own cache.
+    Only the files of ``parts`` are downloaded, into the hub's own cache; what is there is taken from there.
 
     Raises:
         CheckpointError: there is neither such a folder nor such a model, or a part is missing in it.
@@ -195,7 +202,10 @@ def resolve(model: str | Path, *parts: Part) -> Checkpoint:
         return Checkpoint(folder).require(*parts)
     if not _is_hub_id(str(model)):
         raise CheckpointError(f"There is no model folder {folder}. Give a folder, or a hub id such as {HUB_MODEL}.")
-    return Checkpoint(_download(str(model), parts)).require(*parts)
+    cached = _cached(str(model))
+    if cached is None or any(cached.missing(part) for part in parts):
+        cached = Checkpoint(_download(str(model), parts))
+    return cached.require(*parts)
 
 
 def _is_hub_id(model: str) -> bool:
@@ -206,6 +216,17 @@ def _is_hub_id(model: str) -> bool:
     except HFValidationError:
         return False
     return model.count("/") == 1
+
+
+def _cached(repo: str) -> Checkpoint | None:
+    """What the hub's cache holds of a model, without asking the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Checkpoint(Path(snapshot_download(repo, local_files_only=True)))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _download(repo: str, parts: tuple[Part, ...]) -> Path:

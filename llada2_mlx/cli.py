@@ -105,10 +105,10 @@ def encode(a: argparse.Namespace) -> None:
 def decode(a: argparse.Namespace) -> None:
     """Turn codes into a picture."""
     _writable(a.output, ".png")
-    from .imaging.decoder import check_grids
+    from .imaging.decoder import check_decode
 
     options, grid, checkpoint = _decode_options(a), VQGrid.load(a.codes), resolve(a.model, *_decoder_parts(a))
-    check_grids([grid], checkpoint)
+    check_decode(checkpoint, DECODERS[a.decoder][0], [grid])
     _decode(a, checkpoint, grid, options)
 
 
@@ -193,8 +193,9 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options
 
     part, _ = DECODERS[a.decoder]
     with _Bars() as on_step:
-        latents = load_part(checkpoint, part, _device(a)).sample([grid], options, on_step)
-    (image,) = to_images(load_part(checkpoint, Part.VAE, _device(a)).decode(latents))
+        latents = load_part(checkpoint, part, _device(a), on_step).sample([grid], options, on_step)
+        pixels = load_part(checkpoint, Part.VAE, _device(a), on_step).decode(latents, on_step)
+    (image,) = to_images(pixels)
     parameters = {key: value for key, value in vars(a).items() if key != "command" and value is not None}
     parameters |= {"decoder_steps": options.steps, "version": version("comfyui-llada2-mlx")}
     metadata = PngInfo()

@@ -17,6 +17,9 @@ _DRAW = f"<role>SYSTEM</role> You are a text-to-image generation assistant. {_HU
 _EDIT = f"<role>SYSTEM</role> You are an image editing assistant. {_HUMAN}"
 _UNCONDITION = "<uncondition>"
 
+# Sides in pixels at which every model has size tokens (8 to 254 codes, even).
+SMALLEST_SIDE, LARGEST_SIDE, SIDE_STEP = 256, 8128, 64
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -63,6 +66,20 @@ def require_text(text: str, what: str) -> str:
     if not text.strip():
         raise RequestError(f"The {what} is empty. Write what you want.")
     return text
+
+
+def require_size(width: int, height: int) -> None:
+    """Check the size of a picture to draw, in pixels, as far as it can be known without the model.
+
+    Raises:
+        RequestError: a side is neither 0 (the model's own size) nor a multiple of 64 from 256 to 8128.
+    """
+    for name, side in (("width", width), ("height", height)):
+        if side not in (0, *range(SMALLEST_SIDE, LARGEST_SIDE + 1, SIDE_STEP)):
+            raise RequestError(
+                f"The {name} is {side}; it has to be 0 (the model's own size) or a multiple of {SIDE_STEP} "
+                f"from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels."
+            )
 
 
 def _picture(tokens: Tokens, grid: VQGrid) -> list[int]:

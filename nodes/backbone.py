@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..llada2_mlx.checkpoint import Part
 from . import host
 from .sockets import BackboneSocket, model_input
 
@@ -29,12 +30,12 @@ class LoadLLaDA2Backbone(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str) -> bool | str:
-        return host.check_model(model, "BACKBONE")
+    def validate_inputs(cls, model: str | None = None) -> bool | str:
+        return host.refusal((host.check_model, model, Part.BACKBONE))
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, precision: str) -> float:
-        return host.fingerprint(model)
+    def fingerprint_inputs(cls, model: str, precision: str) -> tuple:
+        return host.fingerprint(model, Part.BACKBONE)
 
     @classmethod
     @host.explains_imports

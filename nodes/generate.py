@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..llada2_mlx import prompts
 from . import host
 from .sockets import BackboneSocket, VQSocket, block_inputs, temperature_input, token_seed_input
 
@@ -27,16 +28,16 @@ class LLaDA2TextToVQ(io.ComfyNode):
                     "width",
                     default=0,
                     min=0,
-                    max=8128,
-                    step=64,
+                    max=prompts.LARGEST_SIDE,
+                    step=prompts.SIDE_STEP,
                     tooltip="Width of the decoded picture in pixels; 0 is the model's own size.",
                 ),
                 io.Int.Input(
                     "height",
                     default=0,
                     min=0,
-                    max=8128,
-                    step=64,
+                    max=prompts.LARGEST_SIDE,
+                    step=prompts.SIDE_STEP,
                     tooltip="Height of the decoded picture in pixels; 0 is the model's own size.",
                 ),
                 io.Int.Input("steps", default=8, min=1, max=256, tooltip=_STEPS),
@@ -59,20 +60,22 @@ class LLaDA2TextToVQ(io.ComfyNode):
     def validate_inputs(
         cls, prompt: str | None = None, width: int | None = None, height: int | None = None
     ) -> bool | str:
-        for name, side in (("width", width), ("height", height)):
-            if side and not (256 <= side <= 8128 and side % 64 == 0):
-                return f"The {name} is {side}; it has to be 0 (the model's own size) or a multiple of 64 from 256 to 8128 pixels."
-        return host.check_text(prompt, "prompt")
+        return host.refusal(
+            (prompts.require_text, prompt, "prompt"),
+            (prompts.require_size, width, 0),
+            (prompts.require_size, 0, height),
+        )
 
     @classmethod
     @host.explains_imports
     def execute(
         cls, backbone, prompt, width, height, steps, guidance, seed, temperature, block_length, threshold, rescale
     ) -> io.NodeOutput:
-        from ..llada2_mlx import prompts, tasks
+        from ..llada2_mlx import tasks
         from ..llada2_mlx.diffusion import Sampling
 
         prompts.require_text(prompt, "prompt")
+        prompts.require_size(width, height)
         drawing = tasks.text_to_vq(
             backbone,
             prompt,
@@ -132,7 +135,7 @@ class LLaDA2Edit(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, instruction: str | None = None) -> bool | str:
-        return host.check_text(instruction, "instruction")
+        return host.refusal((prompts.require_text, instruction, "instruction"))
 
     @classmethod
     @host.explains_imports
@@ -150,7 +153,7 @@ class LLaDA2Edit(io.ComfyNode):
         threshold,
         rescale,
     ) -> io.NodeOutput:
-        from ..llada2_mlx import prompts, tasks
+        from ..llada2_mlx import tasks
         from ..llada2_mlx.diffusion import Sampling
         from ..llada2_mlx.vq import picture_seed
 

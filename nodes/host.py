@@ -20,14 +20,17 @@ from comfy.utils import ProgressBar
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ..llada2_mlx.checkpoint import BUILT_IN as BUILT_IN_FOLDER
+from ..llada2_mlx.checkpoint import HUB_MODEL, Checkpoint, Part, resolve
+from ..llada2_mlx.errors import CheckpointError, LLaDA2Error
+from ..llada2_mlx.progress import ignore
+
 if TYPE_CHECKING:
     from ..llada2_mlx.backbone import Backbone
-    from ..llada2_mlx.checkpoint import Checkpoint
     from ..llada2_mlx.progress import OnStep, Progress
     from ..llada2_mlx.tokens import Tokens
 
 BUILT_IN = "Built-in (tiny, random)"
-HUB_MODEL = "inclusionAI/LLaDA2.0-Uni"
 _FOLDER = "llada2"
 _PACKAGES = ("mlx", "mlx_lm", "transformers", "diffusers", "safetensors", "huggingface_hub", "einops", "torchdiffeq")
 _TEXT_INTERVAL = 0.1  # seconds between two texts sent to the canvas
@@ -55,13 +58,47 @@ def explains_imports(execute: Callable) -> Callable:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             return execute(*args, **kwargs)
-        except ImportError as error:
-            package = f"the package {error.name.partition('.')[0]}" if error.name else "a package"
+        except LLaDA2Error:
+            raise
+        except Exception as error:
+            cause = _import_error(error)
+            if cause is None:
+                raise
+            package = f"the package {cause.name.partition('.')[0]}" if cause.name else "a package"
             raise RuntimeError(
-                f"ComfyUI-LLaDA2-MLX needs {package}, which cannot be imported ({error}). {repair_hint()}"
+                f"ComfyUI-LLaDA2-MLX needs {package}, which cannot be imported ({cause}). {repair_hint()}"
             ) from error
 
     return wrapper
+
+
+def _import_error(error: BaseException | None) -> ImportError | None:
+    """The import that failed behind an error; lazy loaders wrap it."""
+    while error is not None and not isinstance(error, ImportError):
+        error = error.__cause__
+    return error
+
+
+# --- validation ---------------------------------------------------------------------------------------------------
+
+
+def refusal(*checks: tuple) -> str | bool:
+    """For ``validate_inputs``: True, or why the inputs cannot be used.
+
+    Args:
+        checks: ``(function, *arguments)`` each; the first that raises one of our errors is the answer. One with an
+            argument that is None (missing or linked) is left to ComfyUI, or to the run.
+    """
+    if missing := missing_packages():
+        return f"ComfyUI-LLaDA2-MLX needs {', '.join(missing)}, which this Python does not have. {repair_hint()}"
+    for function, *arguments in checks:
+        if None in arguments:
+            continue
+        try:
+            function(*arguments)
+        except LLaDA2Error as error:
+            return str(error)
+    return True
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -72,39 +109,34 @@ def model_names() -> list[str]:
     return [BUILT_IN, *sorted(_folders()), HUB_MODEL]
 
 
-def checkpoint(model: str, *parts: str) -> Checkpoint:
-    """The checkpoint behind a name of the list, with ``parts`` (names of ``Part``) in it; the hub's model is downloaded where it is not yet."""
-    from ..llada2_mlx.checkpoint import BUILT_IN as built_in
-    from ..llada2_mlx.checkpoint import Part, resolve
+def checkpoint(model: str, *parts: Part) -> Checkpoint:
+    """The checkpoint behind a name of the list, with ``parts`` in it; the hub's model is downloaded where it is not yet.
 
-    folder = built_in if model == BUILT_IN else _folders().get(model, model)
-    return resolve(folder, *(Part[part] for part in parts))
+    Raises:
+        CheckpointError: there is no such model, or it lacks a part.
+    """
+    folders = _folders() | {BUILT_IN: BUILT_IN_FOLDER}
+    if model not in [*folders, HUB_MODEL]:
+        raise CheckpointError(
+            f"There is no model {model!r}. There are: {', '.join(model_names())}. Put a model folder into models/{_FOLDER}."
+        )
+    return resolve(folders.get(model, model), *parts)
 
 
-def check_model(model: str | None, *parts: str) -> str | bool:
-    """For ``validate_inputs``: True, or why ``model`` cannot be used for ``parts`` (names of ``Part``)."""
-    if model is None or model == HUB_MODEL:  # linked, or downloaded when the node runs
-        return True
-    if model not in model_names():
-        return f"There is no model {model!r}. There are: {', '.join(model_names())}. Put a model folder into models/{_FOLDER}."
-    from ..llada2_mlx.errors import CheckpointError
-
-    try:
+def check_model(model: str, *parts: Part) -> None:
+    """Like ``checkpoint``, when queueing: the hub's model is not looked at, because that could take long."""
+    if model != HUB_MODEL:
         checkpoint(model, *parts)
-    except CheckpointError as error:
-        return str(error)
-    return True
 
 
-def check_text(text: str | None, what: str) -> str | bool:
-    """For ``validate_inputs``: True, or why ``text`` cannot be used; a linked text is checked when the node runs."""
-    return True if text is None or text.strip() else f"The {what} is empty. Write what you want."
-
-
-def fingerprint(model: str) -> float:
-    """Changes when a file of a model folder does, so that a node runs again after a model was replaced."""
+def fingerprint(model: str, *parts: Part) -> tuple:
+    """The state of the files of some parts: it changes when they are replaced, and with nothing else."""
     folder = _folders().get(model)
-    return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0.0) if folder else 0.0
+    if folder is None:
+        return ()
+    files = {path for part in parts for path in Checkpoint(folder).files(part)}
+    stats = [(str(path.relative_to(folder)), path.stat()) for path in sorted(files)]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _folders() -> dict[str, Path]:
@@ -128,12 +160,12 @@ def progress(item: int = 0, items: int = 1) -> OnStep:
     """
     bar, phase = ProgressBar(1), ""
 
-    def step(progress: Progress) -> None:
+    def step(at: Progress) -> None:
         nonlocal bar, phase
         model_management.throw_exception_if_processing_interrupted()
-        if progress.phase != phase:  # a bar does not go back
-            bar, phase = ProgressBar(1), progress.phase
-        bar.update_absolute(item * progress.total + progress.done, items * progress.total)
+        if at.phase != phase:  # a bar does not go back
+            bar, phase = ProgressBar(1), at.phase
+        bar.update_absolute(item * at.total + at.done, items * at.total)
 
     return step
 
@@ -161,26 +193,32 @@ class ManagedPart(ModelPatcher):
 
     Args:
         name: what a person calls it.
-        load: makes the value; called again after it was let go.
+        load: makes the value on a device; called again after it was let go.
         size: bytes that the value takes.
         release: called with the value when it is let go, where dropping it is not enough.
     """
 
     def __init__(
-        self, name: str, load: Callable[[OnStep], Any], size: int, release: Callable[[Any], None] | None = None
+        self,
+        name: str,
+        load: Callable[[torch.device, OnStep], Any],
+        size: int,
+        release: Callable[[Any], None] | None = None,
     ):
-        super().__init__(torch.nn.Module(), model_management.get_torch_device(), torch.device("cpu"), size=max(size, 1))
+        device = model_management.get_torch_device()
+        super().__init__(torch.nn.Module(), device, torch.device("cpu"), size=max(size, 1))
         self.name, self.value = name, None
         self._load, self._release = load, release
-        self._on_step: OnStep | None = None
+        self._on_step: OnStep = ignore
 
-    def get(self, on_step: OnStep) -> Any:
-        """The value, loaded if it is not; ComfyUI makes room for it and knows that it is in use."""
+    def get(self, on_step: OnStep, working_bytes: int = 0) -> Any:
+        """The value, loaded if it is not; ComfyUI makes room for it and for ``working_bytes`` of work."""
         self._on_step = on_step
         try:
-            model_management.load_models_gpu([self])
+            model_management.throw_exception_if_processing_interrupted()
+            model_management.load_models_gpu([self], memory_required=working_bytes)
         finally:
-            self._on_step = None
+            self._on_step = ignore
         return self.value
 
     def loaded_size(self) -> int:
@@ -190,15 +228,12 @@ class ManagedPart(ModelPatcher):
         return self.load_device if self.value is not None else self.offload_device
 
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        if self.value is None:
-            began = time.perf_counter()
-            self.value = self._load(self._on_step)
-            logging.info(
-                "ComfyUI-LLaDA2-MLX: %s, %.1f MB, loaded in %.1f s",
-                self.name,
-                self.size / 2**20,
-                time.perf_counter() - began,
-            )
+        if self.value is not None:
+            return 0
+        began = time.perf_counter()
+        self.value = self._load(self.load_device, self._on_step)
+        seconds = time.perf_counter() - began
+        logging.info("ComfyUI-LLaDA2-MLX: %s, %.1f MB, loaded in %.1f s", self.name, self.size / 2**20, seconds)
         return self.size
 
     def partially_unload(
@@ -209,9 +244,10 @@ class ManagedPart(ModelPatcher):
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
         # ComfyUI also calls this on what stays loaded, with unpatch_all false
         if unpatch_all and self.value is not None:
-            value, self.value = self.value, None
             if self._release:
-                self._release(value)
+                self._release(self.value)
+            self.value = None
+            model_management.soft_empty_cache()  # so that ComfyUI sees what became free before it asks for more
             logging.info("ComfyUI-LLaDA2-MLX: %s, %.1f MB, let go", self.name, self.size / 2**20)
         return self.model
 
@@ -223,7 +259,7 @@ class ManagedBackbone(ManagedPart):
     """
 
     def __init__(self, handle: Backbone):
-        def load(on_step: OnStep) -> Backbone:
+        def load(device: torch.device, on_step: OnStep) -> Backbone:
             handle.load(on_step)
             return handle
 
@@ -239,44 +275,38 @@ class ManagedBackbone(ManagedPart):
         return self.get(on_step).run(job, *args, on_step=on_step, **options)
 
 
-# The one registry of parts, loaded or not: (kind, folder, options) -> (state of its files, part).
-_parts: dict[tuple, tuple[float, ManagedPart]] = {}
+# The one registry of parts, loaded or not: (kind, folder, ...) -> (state of its files, part).
+_parts: dict[tuple, tuple[tuple, ManagedPart]] = {}
 
 
 def backbone(model: str, precision: str) -> ManagedBackbone:
     """The backbone of a model. Its files' headers are checked now, its weights read on use."""
     from ..llada2_mlx.backbone import Backbone
 
-    found = checkpoint(model, "BACKBONE")
-    return _registered(("backbone", found.root, precision), model, lambda: ManagedBackbone(Backbone(found, precision)))
+    handle = Backbone(checkpoint(model, Part.BACKBONE), precision)
+    key = "backbone", handle.checkpoint.root.resolve(), handle.dtype  # "auto" is one of the others
+    return _registered(key, fingerprint(model, Part.BACKBONE), lambda: ManagedBackbone(handle))
 
 
-def image_part(model: str, part: str) -> ManagedPart:
-    """A PyTorch part of a model (a name of ``Part``), on the device that ComfyUI chooses."""
-    from ..llada2_mlx.checkpoint import Part
+def image_part(model: str, part: Part) -> ManagedPart:
+    """A part of a model that runs in PyTorch, on the device that ComfyUI chooses."""
+    found = checkpoint(model, part)
 
-    found, kind = checkpoint(model, part), Part[part]
-
-    def load(on_step: OnStep) -> Any:
+    def load(device: torch.device, on_step: OnStep) -> Any:
         from ..llada2_mlx.imaging import load_part
 
-        model_management.throw_exception_if_processing_interrupted()
-        return load_part(found, kind, model_management.get_torch_device())
+        return load_part(found, part, device, on_step)
 
-    return _registered(
-        (kind, found.root),
-        model,
-        lambda: ManagedPart(f"{kind.value} of {found.root.name}", load, found.weight_bytes(kind)),
-    )
+    make = lambda: ManagedPart(f"{part.value} of {found.root.name}", load, found.weight_bytes(part))
+    return _registered((part, found.root.resolve()), fingerprint(model, part), make)
 
 
-def _registered(key: tuple, model: str, make: Callable[[], ManagedPart]) -> ManagedPart:
-    state = fingerprint(model)
-    known = _parts.get(key)
-    if known and known[0] == state:
-        return known[1]
+def _registered(key: tuple, state: tuple, make: Callable[[], ManagedPart]) -> ManagedPart:
+    known_state, known = _parts.get(key, (None, None))
+    if known is not None and known_state == state:
+        return known
+    if known is not None:
+        known.detach()  # its files were replaced
     part = make()
-    if known:
-        known[1].detach()  # its files were replaced
     _parts[key] = state, part
     return part

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..llada2_mlx import prompts
 from . import host
 from .sockets import BackboneSocket, VQSocket, block_inputs, temperature_input, token_seed_input
 
@@ -50,14 +51,14 @@ class LLaDA2Understand(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, question: str | None = None) -> bool | str:
-        return host.check_text(question, "question")
+        return host.refusal((prompts.require_text, question, "question"))
 
     @classmethod
     @host.explains_imports
     def execute(
         cls, backbone, vq, question, steps, max_new_tokens, seed, temperature, block_length, threshold
     ) -> io.NodeOutput:
-        from ..llada2_mlx import prompts, tasks
+        from ..llada2_mlx import tasks
         from ..llada2_mlx.diffusion import Sampling
         from ..llada2_mlx.vq import picture_seed
 

@@ -2,13 +2,16 @@
 
 from comfy_api.latest import io
 
+from ..llada2_mlx.checkpoint import Part
+from ..llada2_mlx.errors import RequestError
+from ..llada2_mlx.imaging.decoder import SOLVERS, VAE, DecodeOptions, Sampler, check_decode
+from ..llada2_mlx.imaging.pixels import to_images
+from ..llada2_mlx.imaging.prepare import Purpose, prepare
 from . import host
 from .sockets import VQSocket, model_input, seed_input
 
-_PURPOSES = ["understand", "edit", "edit as published"]
-_SOLVERS = ["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5", "bosh3", "adaptive_heun"]
-_SAMPLERS = ["ODE", "as published"]
-_PARTS = {"full": "DECODER", "turbo": "DECODER_TURBO"}
+_PURPOSES = [purpose.value for purpose in (Purpose.UNDERSTAND, Purpose.EDIT, Purpose.EDIT_PUBLISHED)]
+_PARTS = {"full": Part.DECODER, "turbo": Part.DECODER_TURBO}
 
 
 class SigLIPVQEncode(io.ComfyNode):
@@ -40,22 +43,21 @@ class SigLIPVQEncode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str) -> bool | str:
-        return host.check_model(model, "IMAGE_TOKENIZER")
+    def validate_inputs(cls, model: str | None = None) -> bool | str:
+        return host.refusal((host.check_model, model, Part.IMAGE_TOKENIZER))
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **_) -> float:
-        return host.fingerprint(model)
+    def fingerprint_inputs(cls, model: str, **_) -> tuple:
+        return host.fingerprint(model, Part.IMAGE_TOKENIZER)
 
     @classmethod
     @host.explains_imports
     def execute(cls, image, model, purpose) -> io.NodeOutput:
-        from ..llada2_mlx.imaging.pixels import to_images
-        from ..llada2_mlx.imaging.prepare import Purpose, prepare
-
         prepared = [prepare(picture, Purpose(purpose)) for picture in to_images(image)]
-        tokenizer = host.image_part(model, "IMAGE_TOKENIZER").get(host.progress())
-        return io.NodeOutput(tokenizer.encode_prepared(prepared, host.progress()))
+        on_step = host.progress()
+        return io.NodeOutput(
+            host.image_part(model, Part.IMAGE_TOKENIZER).get(on_step).encode_prepared(prepared, on_step)
+        )
 
 
 class ZImageDecode(io.ComfyNode):
@@ -63,7 +65,7 @@ class ZImageDecode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         solver = io.Combo.Input(
             "solver",
-            options=_SOLVERS,
+            options=list(SOLVERS),
             default="euler",
             tooltip="How the ODE is solved. euler calls the network once a step.",
         )
@@ -79,7 +81,7 @@ class ZImageDecode(io.ComfyNode):
             ),
             io.Combo.Input(
                 "sampler",
-                options=_SAMPLERS,
+                options=[sampler.value for sampler in Sampler],
                 default="ODE",
                 tooltip="ODE: clean at 8 steps. as published: fresh noise at every step, which can give stripes; set guidance to 0 for it.",
             ),
@@ -123,21 +125,33 @@ class ZImageDecode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str, decoder) -> bool | str:
-        return host.check_model(model, _PARTS[decoder["decoder"]], "VAE")
+    def validate_inputs(cls, model: str | None = None, decoder: dict | None = None) -> bool | str:
+        choice = decoder or {}  # ComfyUI leaves out a choice that does not exist
+        return host.refusal((_part, choice), (_check_model, model, choice))
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **_) -> float:
-        return host.fingerprint(model)
+    def fingerprint_inputs(cls, model: str, decoder: dict, **_) -> tuple:
+        return host.fingerprint(model, _part(decoder), Part.VAE)
 
     @classmethod
     @host.explains_imports
     def execute(cls, vq, model, decoder, guidance, seed, upscale) -> io.NodeOutput:
-        from ..llada2_mlx.imaging.decoder import DecodeOptions, Sampler, check_grids
-
-        part, sampler = _PARTS[decoder["decoder"]], Sampler(decoder.get("sampler", "ODE"))
+        part, sampler = _part(decoder), Sampler(decoder.get("sampler", Sampler.ODE.value))
         options = DecodeOptions(decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"))
-        check_grids(vq, host.checkpoint(model, part))
+        check_decode(host.checkpoint(model, part, Part.VAE), part, vq)
         on_step = host.progress()
         latents = host.image_part(model, part).get(on_step).sample(vq, options, on_step)
-        return io.NodeOutput(host.image_part(model, "VAE").get(on_step).decode(latents))
+        vae = host.image_part(model, Part.VAE).get(on_step, VAE.working_bytes(latents))
+        return io.NodeOutput(vae.decode(latents, on_step))
+
+
+def _part(decoder: dict) -> Part:
+    """The part behind the choice of a decoder, which comes with the inputs of its own."""
+    key = decoder.get("decoder")
+    if key not in _PARTS:
+        raise RequestError(f"The decoder has to be {' or '.join(_PARTS)}, with the inputs that belong to it.")
+    return _PARTS[key]
+
+
+def _check_model(model: str, decoder: dict) -> None:
+    host.check_model(model, _part(decoder), Part.VAE)

@@ -53,7 +53,7 @@ def opened(folder: Path) -> Backbone:
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no backbone: config.json"):
+    with pytest.raises(CheckpointError, match="has no complete backbone: config.json"):
         resolve(tmp_path, Part.BACKBONE)
 
 
@@ -170,7 +170,7 @@ def test_an_index_without_its_file(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     weight_map = {"lm_head.weight": "model-00001-of-00002.safetensors", EXPERT: "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match="lacks model-00002-of-00002.safetensors"):
+    with pytest.raises(CheckpointError, match="no complete backbone: model-00002-of-00002.safetensors is not there"):
         opened(folder)
 
 

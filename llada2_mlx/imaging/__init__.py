@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..checkpoint import Checkpoint, Part
+from ..progress import OnStep, ignore
 
 if TYPE_CHECKING:
     import torch
@@ -13,8 +14,14 @@ if TYPE_CHECKING:
     from .tokenizer import ImageTokenizer
 
 
-def load_part(checkpoint: Checkpoint, part: Part, device: torch.device | None = None) -> ImageTokenizer | Decoder | VAE:
+def load_part(
+    checkpoint: Checkpoint, part: Part, device: torch.device | None = None, on_step: OnStep = ignore
+) -> ImageTokenizer | Decoder | VAE:
     """Load one of the parts that run in PyTorch.
+
+    Args:
+        device: where to run; the library's choice if None.
+        on_step: called as the weights are read; what it raises ends the work.
 
     Raises:
         CheckpointError: the part is missing, damaged, or does not fit its config.
@@ -23,5 +30,5 @@ def load_part(checkpoint: Checkpoint, part: Part, device: torch.device | None = 
     from .tokenizer import ImageTokenizer
 
     if part is Part.IMAGE_TOKENIZER:
-        return ImageTokenizer(checkpoint, device)
-    return VAE(checkpoint, device) if part is Part.VAE else Decoder(checkpoint, part, device)
+        return ImageTokenizer(checkpoint, device, on_step)
+    return VAE(checkpoint, device, on_step) if part is Part.VAE else Decoder(checkpoint, part, device, on_step)

@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint, Part
+from ..checkpoint import Checkpoint, Part, safetensors_header
 from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed
-from .device import default_device, has_float64, load_module, read_shapes, read_tensors
+from .device import build, default_device, has_float64, load_module, read_state_dict, read_tensors
 
 TIME_SHIFT = 6.0
 FEATURE_UPSAMPLING = 2  # the grid of features has this many times the sides of the grid of codes
@@ -97,36 +98,40 @@ class Decoder:
         checkpoint: the model folder.
         part: ``Part.DECODER`` or ``Part.DECODER_TURBO``.
         device: where to run; the library's choice if None.
+        on_step: called as the weights are read; what it raises ends the work.
 
     Raises:
         CheckpointError: the part is missing, damaged, or does not fit its config.
     """
 
-    def __init__(self, checkpoint: Checkpoint, part: Part = Part.DECODER, device: torch.device | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        part: Part = Part.DECODER,
+        device: torch.device | None = None,
+        on_step: OnStep = ignore,
+    ):
         from diffusers import ZImageTransformer2DModel
 
         checkpoint.require(part)
         folder = "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
         self.device, self.name = device or default_device(), checkpoint.root.name
         self.prior = _load_prior(checkpoint, self.device)
-        path = checkpoint.only_safetensors(folder)
-        tensors = {
-            name.replace("semantic_embedder", "cap_embedder"): tensor
-            for name, tensor in read_tensors(path, self.device).items()
-        }
-        if "cap_embedder.1.weight" not in tensors:
-            raise CheckpointError(f"{path} lacks semantic_embedder.1.weight; it is not a LLaDA2.0-Uni decoder.")
-        config = {
-            key: value for key, value in checkpoint.json(f"{folder}/config.json").items() if not key.startswith("_")
-        }
-        config |= {"cap_feat_dim": tensors["cap_embedder.1.weight"].shape[1], "axes_lens": [32768, 1024, 1024]}
-        with torch.device("meta"):
-            transformer = ZImageTransformer2DModel(**config)
-        self.transformer = load_module(transformer, tensors, path)
-        if (width := self.prior.prior_projector.net["2"].out_features) != config["cap_feat_dim"]:
+        path, width = checkpoint.only_safetensors(folder), "semantic_embedder.1.weight"
+        header = safetensors_header(path)
+        if width not in header:
+            raise CheckpointError(f"{path} lacks {width}; it is not a LLaDA2.0-Uni decoder.")
+        features = header[width].shape[-1]
+        if features != (given := self.prior.prior_projector.net["2"].out_features):
             raise CheckpointError(
-                f"The SigVQ prior gives {width} features and {path} takes {config['cap_feat_dim']}: they are of two models."
+                f"The SigVQ prior gives {given} features and {path} takes {features}: they are of two models."
             )
+        # the published config states another width, and axes that are too short
+        config = _config(checkpoint, folder) | {"cap_feat_dim": features, "axes_lens": [32768, 1024, 1024]}
+        transformer = build(lambda: ZImageTransformer2DModel(**config), checkpoint.root / folder / "config.json")
+        tensors = read_tensors(path, self.device, on_step=on_step)
+        own = {name.replace("semantic_embedder", "cap_embedder"): tensor for name, tensor in tensors.items()}
+        self.transformer = load_module(transformer, own, path)
 
     @property
     def codebook_size(self) -> int:
@@ -198,40 +203,51 @@ class VAE:
         CheckpointError: the part is missing, damaged, or does not fit its config.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None, on_step: OnStep = ignore):
         from diffusers import AutoencoderKL
 
         checkpoint.require(Part.VAE)
-        path = checkpoint.only_safetensors("vae")
-        config = {key: value for key, value in checkpoint.json("vae/config.json").items() if not key.startswith("_")}
+        path, config = checkpoint.only_safetensors("vae"), _config(checkpoint, "vae")
         self.device = device or default_device()
-        with torch.device("meta"):
-            model = AutoencoderKL(**config)
         dtype = torch.float32 if config.get("force_upcast", True) else None
-        self.model = load_module(model, read_tensors(path, self.device, dtype), path)
+        model = build(lambda: AutoencoderKL(**config), checkpoint.root / "vae/config.json")
+        self.model = load_module(model, read_tensors(path, self.device, dtype, on_step), path)
 
     @torch.inference_mode()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """[batch, 16, height, width] -> pixels [batch, 8 height, 8 width, 3], float32 in 0 .. 1, on the CPU."""
-        config = self.model.config
-        latents = (latents.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor).to(
-            self.model.dtype
-        )
+    def decode(self, latents: torch.Tensor, on_step: OnStep = ignore) -> torch.Tensor:
+        """[batch, 16, height, width] -> pixels [batch, 8 height, 8 width, 3], float32 in 0 .. 1, on the CPU.
+
+        Args:
+            on_step: called after each picture; what it raises ends the work.
+        """
+        config, pictures = self.model.config, []
         # one after the other: the memory of a batch would be many times that of its latents
-        pixels = torch.cat(
-            [self.model.decode(latent[None], return_dict=False)[0].to("cpu", torch.float32) for latent in latents]
-        )
-        return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
+        for done, latent in enumerate(latents.to(self.device, torch.float32), 1):
+            latent = (latent / config.scaling_factor + config.shift_factor).to(self.model.dtype)
+            pixels = self.model.decode(latent[None], return_dict=False)[0][0].to("cpu", torch.float32)
+            pictures.append(((pixels + 1) / 2).clamp(0, 1).permute(1, 2, 0))
+            on_step(Progress("decoding pixels", done, len(latents)))
+        return torch.stack(pictures)
+
+    @staticmethod
+    def working_bytes(latents: torch.Tensor) -> int:
+        """About what ``decode`` takes in memory beside the weights, for latents of this shape.
+
+        4 KiB a pixel, measured in float32 with a VAE of the published shape at 256 and 512 pixels a side.
+        """
+        return 4096 * latents.shape[-2] * latents.shape[-1] * LATENT_PIXELS**2
 
 
-def check_grids(grids: Sequence[VQGrid], checkpoint: Checkpoint) -> None:
-    """Raise ``RequestError`` if a decoder of this checkpoint cannot decode the grids; reads no weights.
+def check_decode(checkpoint: Checkpoint, part: Part, grids: Sequence[VQGrid]) -> None:
+    """Say what would go wrong in decoding, as far as it can be known without reading weights.
 
     Raises:
         RequestError: a grid is of a model with another codebook.
-        CheckpointError: the prior is damaged.
+        CheckpointError: the decoder or the VAE is missing or damaged.
     """
-    codes = read_shapes(_prior_path(checkpoint)).get("prior_token_embedding.weight", (0,))[0]
+    checkpoint.require(part, Part.VAE)
+    safetensors_header(checkpoint.only_safetensors("vae"))
+    codes = read_state_dict(_prior_path(checkpoint)).get("prior_token_embedding.weight", torch.empty(0)).shape[0]
     for grid in grids:
         _check_codebook(grid, codes, checkpoint.root.name)
 
@@ -292,16 +308,16 @@ def _renoise(
     return latent
 
 
+def _config(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
+    """A diffusers config without the keys that are the library's own."""
+    return {key: value for key, value in checkpoint.json(f"{folder}/config.json").items() if not key.startswith("_")}
+
+
 def _prior_path(checkpoint: Checkpoint) -> Path:
     return checkpoint.root / "image_tokenizer" / "sigvq_embedding.pt"
 
 
 def _load_prior(checkpoint: Checkpoint, device: torch.device) -> SigVQPrior:
     path = _prior_path(checkpoint)
-    tensors = read_tensors(path, device)
-    try:
-        with torch.device("meta"):
-            prior = SigVQPrior(tensors)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a SigVQ prior: {error} is missing.") from None
-    return load_module(prior, tensors, path)
+    tensors = read_state_dict(path, device)
+    return load_module(build(lambda: SigVQPrior(tensors), path), tensors, path)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
+from ..checkpoint import safetensors_header
 from ..errors import CheckpointError
+from ..progress import OnStep, Progress, ignore
+
+T = TypeVar("T")
 
 
 def default_device() -> torch.device:
@@ -24,51 +28,54 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def read_tensors(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, or of a ``.pt`` state dict, read straight onto the device.
+def read_tensors(
+    path: Path, device: torch.device, dtype: torch.dtype | None = None, on_step: OnStep = ignore
+) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, read one by one, straight onto the device.
 
     Args:
         dtype: what to convert them to; None keeps the type that they are stored in.
+        on_step: called after each tensor; what it raises ends the work.
 
     Raises:
         CheckpointError: the file is damaged, or a tensor holds values that are not finite.
     """
-    with _explained(path):
-        if path.suffix == ".pt":
-            tensors = torch.load(path, map_location=device, weights_only=True)
-        else:
-            tensors = load_file(path, device=str(device))
-    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
+    names = list(safetensors_header(path))  # says whether the file is whole
+    tensors = {}
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        for done, name in enumerate(names, 1):
+            tensor = file.get_tensor(name)
+            tensors[name] = tensor.to(dtype or tensor.dtype)
+            on_step(Progress("loading weights", done, len(names)))
+    return _finite(tensors, path)
+
+
+def read_state_dict(path: Path, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """A ``.pt`` state dict; without a device its values are mapped and not read, for their shapes.
+
+    Raises:
+        CheckpointError: the file is damaged, or a tensor holds values that are not finite.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=device is None, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except Exception as error:  # torch.load raises whatever its readers raise
+        raise CheckpointError(
+            f"{path} cannot be read: it is truncated or damaged ({error}). Download it again."
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path} is not a state dict. Download it again.")
+    return tensors if device is None else _finite({name: tensor.to(device) for name, tensor in tensors.items()}, path)
+
+
+def _finite(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist() if tensors else []
     if bad := [name for name, ok in zip(tensors, finite, strict=True) if not ok]:
         raise CheckpointError(
             f"{path} holds values that are not finite (NaN or infinity) in {bad[0]}. Download it again."
         )
-    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
-
-
-def read_shapes(path: Path) -> dict[str, torch.Size]:
-    """Shapes of the tensors in a ``.pt`` state dict, whose values are mapped and not read.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    with _explained(path):
-        return {
-            name: tensor.shape
-            for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
-        }
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except Exception as error:  # torch.load raises whatever its reader raises
-        raise CheckpointError(
-            f"{path} cannot be read: it is truncated or damaged ({error}). Download it again."
-        ) from error
+    return tensors
 
 
 def load_module(module: torch.nn.Module, tensors: dict[str, torch.Tensor], where: Path) -> torch.nn.Module:
@@ -82,3 +89,18 @@ def load_module(module: torch.nn.Module, tensors: dict[str, torch.Tensor], where
     except RuntimeError as error:
         raise CheckpointError(f"The tensors in {where} do not fit its config: {' '.join(str(error).split())}") from None
     return module.eval().requires_grad_(False)
+
+
+def build(make: Callable[[], T], config: Path) -> T:
+    """``make()`` on the meta device, where a network takes no memory.
+
+    Raises:
+        CheckpointError: the library cannot build a network from what the config says.
+    """
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:  # whatever a library makes of values that it does not expect
+        raise CheckpointError(
+            f"{config} describes no network that can be built ({error}). Download it again."
+        ) from error

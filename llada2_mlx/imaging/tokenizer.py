@@ -13,7 +13,7 @@ from ..checkpoint import Checkpoint, Part
 from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid
-from .device import default_device, load_module, read_tensors
+from .device import build, default_device, load_module, read_tensors
 from .prepare import Purpose, prepare
 
 
@@ -23,35 +23,38 @@ class ImageTokenizer:
     Args:
         checkpoint: the model folder.
         device: where to run; the library's choice if None.
+        on_step: called as the weights are read; what it raises ends the work.
 
     Raises:
         CheckpointError: the part is missing, damaged, or does not fit its config.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None, on_step: OnStep = ignore):
         from transformers import GlmImageVisionConfig, GlmImageVisionModel, GlmImageVQVAE, GlmImageVQVAEConfig
 
         checkpoint.require(Part.IMAGE_TOKENIZER)
-        config = checkpoint.json("image_tokenizer/config.json")
-        if absent := [name for name in ("vision_config", "vq_config") if name not in config]:
-            raise CheckpointError(f"{checkpoint.root / 'image_tokenizer/config.json'} lacks {', '.join(absent)}.")
+        name = "image_tokenizer/config.json"
+        config = checkpoint.json(name)
+        vision, quantiser = (config.get(key) for key in ("vision_config", "vq_config"))
+        if not isinstance(vision, dict) or not isinstance(quantiser, dict):
+            raise CheckpointError(f"{checkpoint.root / name} has no vision_config or no vq_config. Download it again.")
         self.device = device or default_device()
-        self.patch = config["vision_config"]["patch_size"]
-        self.codebook_size = config["vq_config"]["num_embeddings"]
+        self.vision, self.quantiser = build(
+            lambda: (
+                GlmImageVisionModel._from_config(GlmImageVisionConfig(**vision), attn_implementation="sdpa"),
+                GlmImageVQVAE(GlmImageVQVAEConfig(**quantiser)),
+            ),
+            checkpoint.root / name,
+        )
+        self.patch, self.codebook_size = self.vision.patch_size, self.quantiser.quantize.num_embeddings
         path = checkpoint.only_safetensors("image_tokenizer")
-        tensors = read_tensors(path, self.device)
-        with torch.device("meta"):
-            vision = GlmImageVisionModel._from_config(
-                GlmImageVisionConfig(**config["vision_config"]), attn_implementation="sdpa"
-            )
-            quantiser = GlmImageVQVAE(GlmImageVQVAEConfig(**config["vq_config"]))
-        parts = {"model.visual.": vision, "model.vqmodel.": quantiser}
+        tensors = read_tensors(path, self.device, on_step=on_step)
+        parts = {"model.visual.": self.vision, "model.vqmodel.": self.quantiser}
         if strange := [name for name in tensors if not name.startswith(tuple(parts))]:
             raise CheckpointError(f"{path} holds unexpected tensors: {', '.join(strange[:3])}.")
         for prefix, module in parts.items():
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             load_module(module, own, path)
-        self.vision, self.quantiser = vision, quantiser
 
     def encode(self, image: Image.Image, purpose: Purpose) -> VQGrid:
         """Prepare a picture of any mode and size, and encode it.

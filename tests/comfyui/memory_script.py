@@ -5,6 +5,7 @@ Arguments: the pack's folder, a base directory. The current directory is ComfyUI
 
 import gc
 import importlib.util
+import os
 import shutil
 import sys
 import weakref
@@ -27,7 +28,7 @@ sys.modules["the_pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["the_pack"])
 
 from the_pack.llada2_mlx import tasks  # noqa: E402
-from the_pack.llada2_mlx.checkpoint import BUILT_IN  # noqa: E402
+from the_pack.llada2_mlx.checkpoint import BUILT_IN, Part  # noqa: E402
 from the_pack.nodes import host  # noqa: E402
 
 NOTHING = lambda progress: None  # noqa: E731
@@ -47,9 +48,10 @@ def loaded() -> set[str]:
     }
 
 
-# one part, however often it is asked for; weights only when the network runs
+# one part, however often and under whatever name it is asked for; weights only when the network runs
 backbone = host.backbone(host.BUILT_IN, "float32")
 assert host.backbone(host.BUILT_IN, "float32") is backbone
+assert host.backbone(host.BUILT_IN, "auto") is backbone
 assert host.backbone(host.BUILT_IN, "bf16") is not backbone
 before = mx.get_active_memory()
 tasks.grid_size(backbone, 256, 256)
@@ -58,6 +60,7 @@ drawing = tasks.text_to_vq(backbone, "a cat", on_step=NOTHING)
 assert backbone.loaded_size() == backbone.size and backbone.current_loaded_device() == backbone.load_device
 assert mx.get_active_memory() - before >= 0.9 * backbone.size
 assert loaded() == {"backbone of builtin"}
+assert mx.get_cache_memory() == 0  # a run leaves its weights behind, and nothing else
 
 # running again loads nothing again
 value = backbone.value
@@ -66,8 +69,8 @@ tasks.text_to_vq(backbone, "a dog", on_step=NOTHING)
 assert network() is backbone.value._model
 
 # another part does not push it out while there is room
-decoder = host.image_part(host.BUILT_IN, "DECODER_TURBO")
-assert host.image_part(host.BUILT_IN, "DECODER_TURBO") is decoder
+decoder = host.image_part(host.BUILT_IN, Part.DECODER_TURBO)
+assert host.image_part(host.BUILT_IN, Part.DECODER_TURBO) is decoder
 transformer = weakref.ref(decoder.get(NOTHING))
 assert decoder.get(NOTHING) is transformer()
 assert loaded() == {"backbone of builtin", "turbo decoder of builtin"}
@@ -94,15 +97,17 @@ folder = base / "models" / "llada2" / "replaced"
 shutil.copytree(BUILT_IN, folder)
 old = host.backbone("replaced", "float32")
 tasks.text_to_vq(old, "a cat", on_step=NOTHING)
-time = (folder / "model.safetensors").stat().st_mtime + 10
-__import__("os").utime(folder / "model.safetensors", (time, time))
+(folder / ".DS_Store").write_text("what a file manager leaves changes nothing")
+shutil.rmtree(folder / "decoder-turbo")  # nor does another part
+assert host.backbone("replaced", "float32") is old and old.value is not None
+os.utime(folder / "model.safetensors", (1e9, 1e9))  # an older file is another one, too
 assert host.backbone("replaced", "float32") is not old
 assert old.value is None
 
 # a load that fails leaves nothing behind, and the next one works
 weights = (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()
 (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights[:5000])
-vae = host.image_part("replaced", "VAE")
+vae = host.image_part("replaced", Part.VAE)
 try:
     vae.get(NOTHING)
 except ValueError as error:
@@ -111,7 +116,7 @@ else:
     raise AssertionError("a damaged file was loaded")
 assert vae.value is None and not loaded()
 (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights)
-assert host.image_part("replaced", "VAE").get(NOTHING)
+assert host.image_part("replaced", Part.VAE).get(NOTHING)
 
 
 # a cancelled load, too
@@ -125,4 +130,33 @@ except model_management.InterruptProcessingException:
     pass
 assert backbone.value is None
 assert tasks.text_to_vq(backbone, "a cat", on_step=NOTHING).grid == drawing.grid
+
+# where memory is short, the part that is needed pushes out the others, and they come back when they are needed. With
+# --cpu ComfyUI evicts nothing by itself, so the device is given another name and its free memory is counted here.
+model_management.unload_all_models()
+DEVICE = torch.device("cpu:0")
+parts = [host.ManagedPart(f"part {number}", lambda device, on_step: torch.zeros(250_000), 10**6) for number in range(3)]
+for part in parts:
+    part.load_device = DEVICE
+capacity = model_management.minimum_inference_memory() + 1.5e6
+
+
+def free_memory_left(device=None, torch_free_too=False):
+    left = capacity - sum(part.loaded_size() for part in parts)
+    return (left, left) if torch_free_too else left
+
+
+model_management.get_free_memory = free_memory_left
+for part in (*parts, parts[0]):
+    tensor = weakref.ref(part.get(NOTHING))
+    assert [other for other in parts if other.loaded_size()] == [part]
+    evicted = [other for other in parts if other is not part]
+    assert tensor() is part.value and all(other.value is None for other in evicted)
+capacity += 3e6  # room for all, unless somebody says that he needs some to work in
+for part in parts:
+    part.get(NOTHING)
+assert all(part.loaded_size() for part in parts)
+tensor = weakref.ref(parts[0].value)
+parts[2].get(NOTHING, working_bytes=int(capacity))
+assert parts[2].loaded_size() and not parts[0].loaded_size() and tensor() is None
 print("all is well")

@@ -177,7 +177,11 @@ def test_a_batch_gives_a_batch(comfy: Comfy) -> None:
     run = ran(comfy.run(prompt))
     assert len(run.outputs["6"]["text"]) == 2  # one answer a picture
     first, second = comfy.images(run)
-    assert first.read_bytes() != second.read_bytes()  # picture i uses seed + i
+    # picture i uses seed + i
+    prompt["4"]["inputs"]["image"], prompt["8"]["inputs"]["seed"] = ["3", 0], 1
+    (alone,) = comfy.images(ran(comfy.run(prompt)))
+    pixels = [Image.open(path).tobytes() for path in (first, second, alone)]
+    assert pixels[0] != pixels[1] == pixels[2]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -238,11 +242,17 @@ def test_a_bad_size_is_refused_when_queueing(comfy: Comfy, side: int) -> None:
         ("ask_about_a_picture", "5", {"question": ""}, "The question is empty."),
         ("edit_a_picture", "5", {"instruction": "\n"}, "The instruction is empty."),
         ("text_to_image", "1", {"model": "gone"}, "There is no model 'gone'. There are: Built-in"),
-        ("text_to_image", "1", {"model": "empty"}, "has no backbone"),
-        ("text_to_image", "3", {"model": "partial"}, "has no turbo decoder: decoder-turbo/config.json"),
-        ("picture_codes_picture", "4", {"model": "empty"}, "has no image tokenizer"),
+        ("text_to_image", "1", {"model": "empty"}, "has no complete backbone"),
+        ("text_to_image", "3", {"model": "partial"}, "has no complete turbo decoder: decoder-turbo/config.json"),
+        ("picture_codes_picture", "4", {"model": "empty"}, "has no complete image tokenizer"),
         ("text_to_image", "2", {"steps": 0}, "smaller than min"),
         ("text_to_image", "1", {"precision": "int3"}, "not in"),
+        ("text_to_image", "2", {"width": "wide"}, "The width is wide; it has to be 0"),
+        ("text_to_image", "3", {"decoder": "huge"}, "The decoder has to be full or turbo"),
+        ("text_to_image", "3", {"decoder": None}, "The decoder has to be full or turbo"),
+        ("text_to_image", "3", {"decoder": ["1", 0]}, "The decoder has to be full or turbo"),
+        ("text_to_image", "1", {"model": ["not", "a", "name"]}, "must be a length-2 list"),
+        ("text_to_image", "1", {"model": {"a": 1}}, "There is no model {'a': 1}"),
     ],
 )
 def test_what_can_be_checked_is_refused_when_queueing(
@@ -275,6 +285,35 @@ def test_linked_text_is_checked_first_thing_in_the_run(comfy: Comfy) -> None:
     prompt["9"] = {"class_type": "PrimitiveString", "inputs": {"value": " "}}
     prompt["2"]["inputs"]["prompt"] = ["9", 0]
     assert "The prompt is empty." in failed(comfy.run(prompt), "2")
+
+
+@pytest.mark.parametrize("side", [100, -64, 1184])
+def test_a_linked_size_follows_the_same_rule(comfy: Comfy, side: int) -> None:
+    prompt = workflow("text_to_image")
+    prompt["9"] = {"class_type": "PrimitiveInt", "inputs": {"value": side}}
+    prompt["2"]["inputs"]["height"] = ["9", 0]
+    assert f"The height is {side}; it has to be 0" in failed(comfy.run(prompt), "2")
+
+
+def test_a_missing_input_is_named(comfy: Comfy) -> None:
+    for node, name in (("1", "model"), ("2", "prompt"), ("3", "model")):
+        prompt = workflow("text_to_image")
+        del prompt[node]["inputs"][name]
+        assert "Required input is missing" in comfy.refused(prompt)
+
+
+def test_a_damaged_vae_is_found_before_the_decoder_works(comfy: Comfy) -> None:
+    folder = comfy.base / "models/llada2/damaged-vae"
+    (folder / "vae").mkdir(parents=True)
+    for part in BUILT_IN.iterdir():
+        if part.name != "vae":
+            (folder / part.name).symlink_to(part)
+    name = "vae/diffusion_pytorch_model.safetensors"
+    (folder / "vae/config.json").symlink_to(BUILT_IN / "vae/config.json")
+    (folder / name).write_bytes((BUILT_IN / name).read_bytes()[:3000])
+    run = comfy.run(workflow("text_to_image", **{"3": {"model": "damaged-vae"}}))
+    assert "truncated or damaged" in failed(run, "3")
+    assert not [event for event in run.progress if event["node"] == "3"]
 
 
 def test_a_prompt_that_is_too_long(comfy: Comfy) -> None:
