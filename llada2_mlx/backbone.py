@@ -9,16 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator
 from functools import cached_property
-from math import prod
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from .checkpoint import Checkpoint, Part
 from .errors import RequestError
+from .model import LLaDA2
 from .progress import OnStep, Progress, ignore
 from .tokens import Tokens
-from .weights import PRECISIONS, check_backbone, compute_type, load_backbone
+from .weights import PRECISIONS, check_backbone, compute_type, load_backbone, memory_bytes
 from .worker import MLXWorker
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Backbone:
 
     Args:
         checkpoint: the model folder.
-        precision: "bf16", "float32", or "auto" for what the checkpoint stores.
+        precision: "bf16", "float32", or "auto": as stored (float16 as bf16), and float32 where MLX runs on the CPU.
 
     Raises:
         CheckpointError: config, tokenizer or weight files are missing or do not fit each other. The check reads
@@ -43,12 +43,12 @@ class Backbone:
         self.checkpoint, self.precision = checkpoint.require(Part.BACKBONE), precision
         self.config = checkpoint.config
         self._worker = MLXWorker()
-        self._model = None
+        self._model: LLaDA2 | None = None
         self._loading = threading.Lock()
         tensors = checkpoint.backbone_tensors()
         self._worker.call(check_backbone, self.config, tensors, checkpoint)
-        self.dtype = compute_type(precision, tensors)
-        self.size = sum(prod(info.shape) for info in tensors.values()) * self.dtype.size
+        self.dtype = self._worker.call(compute_type, precision, tensors)
+        self.size = self._worker.call(memory_bytes, tensors, self.dtype)
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -60,8 +60,8 @@ class Backbone:
         """Whether the weights are in memory. ``size`` is how many bytes they take then."""
         return self._model is not None
 
-    def load(self, on_step: OnStep = ignore) -> None:
-        """Read the weights, unless they are there.
+    def load(self, on_step: OnStep = ignore) -> LLaDA2:
+        """The network, its weights read unless they are there.
 
         Raises:
             CheckpointError: a tensor holds values that are not finite, or a file is damaged.
@@ -69,6 +69,7 @@ class Backbone:
         with self._loading:
             if self._model is None:
                 self._model = self._drive(load_backbone(self.checkpoint, self.precision), on_step)
+            return self._model
 
     def unload(self) -> None:
         """Let the weights go. They are read again on the next use."""
@@ -83,9 +84,9 @@ class Backbone:
             on_step: called after each step in this thread; what it raises ends the job before the next one.
         options: of the job.
         """
-        self.load(on_step)
+        network = self.load(on_step)
         try:
-            return self._drive(job(self._model, *args, **options), on_step)
+            return self._drive(job(network, *args, **options), on_step)
         finally:
             self._worker.call(mx.clear_cache)  # what a run leaves in the buffer cache is memory that others miss
 

@@ -76,8 +76,7 @@ class Checkpoint:
         """The files of ``part`` that this folder lacks, relative to it, some as globs; empty if it is complete."""
         missing = [pattern for pattern in FILES[part] if not any(self.root.glob(pattern))]
         if part is Part.BACKBONE and (self.root / _INDEX).exists():
-            shards = set((self.json(_INDEX).get("weight_map") or {}).values())
-            missing += sorted(name for name in shards if not (self.root / name).exists())
+            missing += sorted(name for name in set(self._weight_map().values()) if not (self.root / name).exists())
         return missing
 
     def require(self, *parts: Part) -> Checkpoint:
@@ -103,8 +102,8 @@ class Checkpoint:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON ({error}); download it again.") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from None
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} holds no JSON object; download it again.")
         return content
@@ -123,7 +122,10 @@ class Checkpoint:
 
         A checkpoint states it as ``image_size`` in its ``config.json``; the published one states nothing.
         """
-        return int(self.json("config.json").get("image_size") or DEFAULT_IMAGE_SIZE)
+        size = self.json("config.json").get("image_size", DEFAULT_IMAGE_SIZE)
+        if not isinstance(size, int) or size <= 0:
+            raise CheckpointError(f"{self.root / 'config.json'} has image_size = {size!r}; pixels are needed.")
+        return size
 
     def backbone_tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the backbone, from the headers of the files that the index names (or of the one file)."""
@@ -132,7 +134,7 @@ class Checkpoint:
             if len(files) > 1:
                 raise CheckpointError(f"{self.root} has {len(files)} weight files but no {_INDEX}; download it.")
             return safetensors_header(files[0])
-        weight_map = self.json(_INDEX).get("weight_map") or {}
+        weight_map = self._weight_map()
         files = sorted({self.root / name for name in weight_map.values()})
         tensors = {name: info for path in files for name, info in safetensors_header(path).items()}
         if absent := [f"{name} (in {file})" for name, file in weight_map.items() if name not in tensors]:
@@ -143,6 +145,13 @@ class Checkpoint:
         """About what the weights of a part that runs in PyTorch take in memory."""
         stored = sum(path.stat().st_size for path in self.files(part) if path.suffix in (".safetensors", ".pt"))
         return 2 * stored if part is Part.VAE else stored  # the VAE runs in float32
+
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor name -> file name, as the index states it."""
+        found = self.json(_INDEX).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise CheckpointError(f"{self.root / _INDEX} has no usable weight_map; download it again.")
+        return found
 
     def only_safetensors(self, folder: str) -> Path:
         """The single safetensors file of a sub-folder; releases name it differently."""
@@ -177,7 +186,11 @@ def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, .
     problems = []
     if missing := [name for name in expected if name not in found]:
         problems.append(f"missing: {_some(missing)}")
-    if unexpected := [f"{name} in {info.file.name}" for name, info in found.items() if name not in expected]:
+    # a tensor without elements is what an absent layer leaves
+    unexpected = [
+        f"{name} in {info.file.name}" for name, info in found.items() if name not in expected and 0 not in info.shape
+    ]
+    if unexpected:
         problems.append(f"unexpected: {_some(unexpected)}")
     if wrong := [
         f"{name} in {found[name].file.name} is {list(found[name].shape)} instead of {list(shape)}"

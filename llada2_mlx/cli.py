@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .diffusion import Report, Sampling
     from .imaging.decoder import DecodeOptions
 
+# the words of the command line for what the library calls so; the library itself is imported when it is needed
 SAMPLERS = {"ode": "ODE", "published": "as published"}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
 PURPOSES = {"understand": "understand", "edit": "edit", "edit-published": "edit as published"}
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.command(arguments)
-    except LLaDA2Error as error:
+    except (LLaDA2Error, OSError) as error:
         print(f"llada2-mlx: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -53,13 +55,14 @@ def t2i(a: argparse.Namespace) -> None:
     if a.codes:
         _writable(a.codes, ".safetensors")
     checkpoint = resolve(a.model, Part.BACKBONE, *_decoder_parts(a))
-    options, sampling, backbone = _decode_options(a), _sampling(a), _backbone(a, checkpoint)
+    options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
     size = {"width": a.width, "height": a.height}
     with _Bars() as on_step:
         guided = {"guidance": a.guidance, "rescale": a.rescale, "sampling": sampling}
         drawing = tasks.text_to_vq(backbone, a.prompt, **size, **guided, on_step=on_step)
     if a.codes:
         drawing.grid.save(a.codes)
+    backbone.unload()  # makes room for the decoder
     _decode(a, checkpoint, drawing.grid, options)
     _tell(drawing.report)
 
@@ -85,11 +88,12 @@ def edit(a: argparse.Namespace) -> None:
     prompts.require_text(a.instruction, "instruction")
     _writable(a.output, ".png")
     checkpoint = resolve(a.model, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
-    options, sampling, backbone = _decode_options(a), _sampling(a), _backbone(a, checkpoint)
+    options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
     grid = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit")
     with _Bars() as on_step:
         guided = {"text_guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
         drawing = tasks.edit(backbone, grid, a.instruction, **guided, sampling=sampling, on_step=on_step)
+    backbone.unload()  # makes room for the decoder
     _decode(a, checkpoint, drawing.grid, options)
     _tell(drawing.report)
 
@@ -105,11 +109,8 @@ def encode(a: argparse.Namespace) -> None:
 def decode(a: argparse.Namespace) -> None:
     """Turn codes into a picture."""
     _writable(a.output, ".png")
-    from .imaging.decoder import check_decode
-
-    options, grid, checkpoint = _decode_options(a), VQGrid.load(a.codes), resolve(a.model, *_decoder_parts(a))
-    check_decode(checkpoint, DECODERS[a.decoder][0], [grid])
-    _decode(a, checkpoint, grid, options)
+    grid, checkpoint = VQGrid.load(a.codes), resolve(a.model, *_decoder_parts(a))
+    _decode(a, checkpoint, grid, _decode_options(a, checkpoint, grid))
 
 
 def info(a: argparse.Namespace) -> None:
@@ -206,14 +207,14 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options
 
 
 def _open(path: str) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        image = Image.open(path)
+        image = ImageOps.exif_transpose(Image.open(path))  # a phone's upright picture lies on its side
         image.load()
     except FileNotFoundError:
         raise RequestError(f"There is no picture {path}.") from None
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
         raise RequestError(f"{path} cannot be read as a picture ({error}).") from None
     return image
 
@@ -225,15 +226,23 @@ def _writable(path: str, suffix: str) -> None:
         raise RequestError(f"The output {path} has to end in {suffix}.")
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise RequestError(f"The output {path} cannot be written: its folder has to exist.")
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.absolute().parent):
+            pass
+    except OSError as error:
+        raise RequestError(f"The output {path} cannot be written ({error.strerror}).") from None
 
 
 def _decoder_parts(a: argparse.Namespace) -> tuple[Part, Part]:
     return DECODERS[a.decoder][0], Part.VAE
 
 
-def _decode_options(a: argparse.Namespace) -> DecodeOptions:
-    from .imaging.decoder import DecodeOptions, Sampler
+def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGrid) -> DecodeOptions:
+    """The decoder's options, after all that can be checked before the work."""
+    from .imaging.decoder import DecodeOptions, Sampler, check_decode
 
+    _device(a)
+    check_decode(checkpoint, DECODERS[a.decoder][0], grids)
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
     return DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, Sampler(SAMPLERS[a.sampler]), a.solver)
 
@@ -245,12 +254,9 @@ def _sampling(a: argparse.Namespace) -> Sampling:
 
 
 def _device(a: argparse.Namespace):
-    import torch
+    from .imaging.device import usable
 
-    try:
-        return torch.device(a.device) if a.device else None
-    except RuntimeError:
-        raise RequestError(f"There is no device {a.device!r}; use mps, cuda or cpu.") from None
+    return usable(a.device) if a.device else None
 
 
 def _tell(report: Report) -> None:
@@ -268,7 +274,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"a model folder, or a hub id such as {HUB_MODEL}; the built-in one if left out",
     )
     common.add_argument(
-        "--precision", default="auto", choices=("auto", "bf16", "float32"), help="of the backbone; auto: as stored"
+        "--precision",
+        default="auto",
+        choices=("auto", "bf16", "float32"),
+        help="of the backbone; auto: as stored, float32 on a CPU",
     )
     common.add_argument("--device", help="where PyTorch runs: mps, cuda or cpu; the first that there is if left out")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -60,7 +61,10 @@ class BackboneConfig:
             raise CheckpointError(
                 f"config.json is of a {kind!r} model; a LLaDA2.0-Uni backbone has model_type 'llada2_moe'."
             )
-        values = {**(published.get("rope_parameters") or {}), **published}
+        rope = published.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"config.json has rope_parameters = {rope!r}; an object is needed.")
+        values = {**rope, **published, "num_shared_experts": published.get("num_shared_experts") or 0}
         missing = [f.name for f in fields(cls) if values.get(f.name) is None]
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}.")
@@ -82,20 +86,36 @@ class BackboneConfig:
         return config
 
     def _check(self) -> None:
-        divisible = {
-            "num_attention_heads": (self.num_attention_heads, self.num_key_value_heads),
-            "num_experts": (self.num_experts, self.n_group),
-        }
-        for name, (whole, part) in divisible.items():
-            if part < 1 or whole % part:
-                raise CheckpointError(f"config.json has {name} = {whole}, which {part} does not divide.")
-        if not 0 < self.image_token_offset < self.vocab_size:
-            raise CheckpointError(
-                f"config.json has image_token_offset = {self.image_token_offset}, outside the vocabulary of {self.vocab_size}."
-            )
+        may_be_zero = {"num_shared_experts", "first_k_dense_replace"}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value < 0 or (value == 0 and field.name not in may_be_zero):
+                raise CheckpointError(f"config.json has {field.name} = {value}; it has to be larger.")
+        group_size, kept = self.num_experts // self.n_group, self.topk_group * (self.num_experts // self.n_group)
+        for holds, what in (
+            (
+                self.num_attention_heads % self.num_key_value_heads == 0,
+                "num_key_value_heads has to divide num_attention_heads",
+            ),
+            (self.num_experts % self.n_group == 0, "n_group has to divide num_experts"),
+            (self.topk_group <= self.n_group, "topk_group cannot be larger than n_group"),
+            (self.topk_group == self.n_group or group_size > 1, "a group needs two experts to have a score"),
+            (
+                self.num_experts_per_tok <= kept,
+                "num_experts_per_tok cannot be larger than the kept groups are together",
+            ),
+            (
+                self.rotary_dim % 2 == 0 and 0 < self.rotary_dim <= self.head_dim,
+                "partial_rotary_factor times head_dim has to be even, and within the head",
+            ),
+            (self.image_token_offset < self.vocab_size, "image_token_offset has to be inside the vocabulary"),
+        ):
+            if not holds:
+                raise CheckpointError(f"config.json describes no network: {what}.")
 
 
 def _number(name: str, value: Any, kind: str) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind == "int" and value != int(value)):
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not usable or (kind == "int" and value != int(value)):
         raise CheckpointError(f"config.json has {name} = {value!r}; a number is needed.")
     return int(value) if kind == "int" else float(value)

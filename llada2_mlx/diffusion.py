@@ -64,7 +64,7 @@ class Sampling:
             ("block_length", 1, 4096),
             ("steps", 1, 4096),
             ("threshold", 0, 1),
-            ("temperature", 0, 1000),
+            ("temperature", 0, 100),
             ("top_k", 0, 2**31),
             ("top_p", 0, 1),
             ("seed", 0, 2**64 - 1),
@@ -72,6 +72,8 @@ class Sampling:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise RequestError(f"{name.replace('_', ' ')} is {value}; it has to be from {least} to {most}.")
+        if 0 < self.temperature < 0.001:
+            raise RequestError(f"temperature is {self.temperature}; it has to be 0, or from 0.001 to 100.")
 
 
 @dataclass
@@ -150,8 +152,7 @@ def generate(
 
     Args:
         branches: prompt ids, the conditional branch first. All end at the same position: a shorter one has
-            nothing before it (never attended to, its RoPE positions start at its first token), a longer one
-            loses its head.
+            nothing before it (never attended to), a longer one loses its head.
         length: tokens wanted. The last block is run whole, also where ``length`` ends inside it.
 
     Yields:
@@ -300,8 +301,7 @@ class _Batched:
         cache: list[PrefixCache] | None,
     ):
         self.model, self.guidance, self.report, self.size, self.first_row = model, guidance, report, size, first_row
-        self.first = mx.array(first, dtype=mx.int32)
-        self.hidden_head = self.first if any(first) else None
+        self.begins = mx.array(first, dtype=mx.int32) if any(first) else None  # where each branch begins
         self.cache, self.cached = cache, 0  # positions whose keys and values are final
         self.rows = model.config.vocab_size - first_row
         self.span, self.mask = None, None
@@ -327,13 +327,13 @@ class _Batched:
 
     def _run(self, tokens: mx.array, start: int, end: int) -> mx.array:
         if self.span != (start, end):  # the mask is made once a block, not once a step
-            self.span, self.mask = (start, end), block_mask(start, end, self.size, self.hidden_head)
+            self.span, self.mask = (start, end), block_mask(start, end, self.size, self.begins)
         self.report.positions += tokens.shape[0] * (end - start)
-        return self.model(tokens[:, start:end], start, self.first, self.mask, self.cache)
+        return self.model(tokens[:, start:end], start, self.mask, self.cache)
 
 
 class _Plain:
-    """The reference: no cache, one branch after the other without padding, logits of the whole vocabulary."""
+    """The reference: no cache, one branch after the other from position 0, logits of the whole vocabulary."""
 
     def __init__(self, model: LLaDA2, guidance: Guidance, report: Report, first: list[int], size: int, first_row: int):
         self.model, self.guidance, self.report, self.size, self.first_row = model, guidance, report, size, first_row

@@ -6,7 +6,6 @@ logits, with one head product instead of one a branch.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -31,17 +30,22 @@ class Guidance:
     @classmethod
     def simple(cls, scale: float, rescale: float = 0.7) -> Guidance:
         """``u + scale (c - u)`` for branches c (conditional), u (unconditional). Ho & Salimans, arXiv:2207.12598."""
-        _check(scale, "guidance scale"), _check(rescale, "rescale", 1)
+        _check(scale, "guidance scale")
+        _check(rescale, "rescale", 1)
         return cls((scale, 1 - scale), rescale)
 
     @classmethod
     def editing(cls, text_scale: float, image_scale: float, rescale: float = 0.7) -> Guidance:
         """``t + text_scale (c - t) + image_scale (t - i)`` for branches c (full), t (no text), i (no image)."""
-        _check(text_scale, "text guidance"), _check(image_scale, "image guidance"), _check(rescale, "rescale", 1)
+        _check(text_scale, "text guidance")
+        _check(image_scale, "image guidance")
+        _check(rescale, "rescale", 1)
         return cls((text_scale, 1 - text_scale + image_scale, -image_scale), rescale)
 
     def select(self, branches: tuple[list[int], ...]) -> tuple[Guidance, tuple[list[int], ...]]:
         """Guidance and branches without those that change nothing; the conditional branch always stays."""
+        if len(branches) != len(self.coefficients):
+            raise ValueError(f"{len(branches)} branches do not fit the {len(self.coefficients)} of the guidance")
         kept = [i for i, coefficient in enumerate(self.coefficients) if i == 0 or coefficient != 0]
         rescale = self.rescale if len(kept) > 1 else 0.0  # what is conditional already has its own deviation
         return Guidance(tuple(self.coefficients[i] for i in kept), rescale), tuple(branches[i] for i in kept)
@@ -63,7 +67,6 @@ class Guidance:
         return guided * (self.rescale * ratio + (1 - self.rescale))
 
 
-def _check(value: float, what: str, most: float = math.inf) -> None:
-    if not 0 <= value <= most or not math.isfinite(value):
-        allowed = "at least 0" if most == math.inf else f"from 0 to {most}"
-        raise RequestError(f"The {what} is {value}; it has to be {allowed}.")
+def _check(value: float, what: str, most: float = 100) -> None:
+    if not 0 <= value <= most:  # false for NaN, too
+        raise RequestError(f"The {what} is {value}; it has to be from 0 to {most}.")

@@ -38,21 +38,19 @@ class Attention(nn.Module):
         self.key_layernorm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def __call__(
-        self, x: mx.array, start: int, first: mx.array, mask: mx.array | None, cache: LayerCache | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, start: int, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
         batch, length, _ = x.shape
         qkv = self.query_key_value(x).reshape(batch, length, -1, self.head_dim)
         q, k, v = mx.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
-        q = self._rope(self.query_layernorm(q).swapaxes(1, 2), start - first)
-        k = self._rope(self.key_layernorm(k).swapaxes(1, 2), start - first)
+        q = self._rope(self.query_layernorm(q).swapaxes(1, 2), start)
+        k = self._rope(self.key_layernorm(k).swapaxes(1, 2), start)
         v = v.swapaxes(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, start)
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
         return self.dense(out.swapaxes(1, 2).reshape(batch, length, -1))
 
-    def _rope(self, x: mx.array, offset: mx.array) -> mx.array:
+    def _rope(self, x: mx.array, offset: int) -> mx.array:
         return mx.fast.rope(x, self.rotary_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
 
 
@@ -95,7 +93,9 @@ class Router(nn.Module):
             choice = mx.flatten(grouped, -2)
         experts = mx.argpartition(-choice, kth=self.top_k - 1, axis=-1)[..., : self.top_k]
         weights = mx.take_along_axis(scores, experts, axis=-1)
-        return experts, weights / weights.sum(axis=-1, keepdims=True) * self.scale
+        if self.top_k > 1:  # a single expert keeps its own score, as published
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        return experts, weights * self.scale
 
 
 class SparseMoE(nn.Module):
@@ -125,10 +125,8 @@ class Layer(nn.Module):
         dense = index < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else SparseMoE(config)
 
-    def __call__(
-        self, x: mx.array, start: int, first: mx.array, mask: mx.array | None, cache: LayerCache | None
-    ) -> mx.array:
-        x = x + self.attention(self.input_layernorm(x), start, first, mask, cache)
+    def __call__(self, x: mx.array, start: int, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
+        x = x + self.attention(self.input_layernorm(x), start, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -159,7 +157,6 @@ class LLaDA2(nn.Module):
         self,
         ids: mx.array,
         start: int = 0,
-        first: mx.array | None = None,
         mask: mx.array | None = None,
         cache: list[LayerCache] | None = None,
     ) -> mx.array:
@@ -167,8 +164,8 @@ class LLaDA2(nn.Module):
 
         Args:
             ids: token ids [batch, length], integers.
-            start: position of the first of ``ids`` in the sequence.
-            first: [batch] int32, the position at which each row's own text begins; RoPE counts from there.
+            start: position of the first of ``ids`` in the sequence. RoPE sees differences of positions alone, so
+                rows whose own text begins later need no positions of their own.
             mask: bool, broadcastable to [batch, heads, length, keys], true where a query may look;
                 None lets every query see every key.
             cache: one entry a layer; None attends to ``ids`` alone.
@@ -176,11 +173,9 @@ class LLaDA2(nn.Module):
         Returns:
             [batch, length, hidden] in the network's type.
         """
-        if first is None:
-            first = mx.zeros((ids.shape[0],), dtype=mx.int32)
         x = self.model.word_embeddings(ids)
         for index, layer in enumerate(self.model.layers):
-            x = layer(x, start, first, mask, cache[index] if cache is not None else None)
+            x = layer(x, start, mask, cache[index] if cache is not None else None)
         return self.model.norm(x)
 
     def logits(self, hidden: mx.array, first_row: int = 0) -> mx.array:

@@ -11,7 +11,7 @@ class Progress:
     """Where a piece of work is.
 
     Args:
-        phase: what is being done, for a person: "loading", "reading the prompt", "denoising", "decoding".
+        phase: what is being done, for a person: "loading weights", "denoising", ...
         done: steps finished.
         total: steps there are at most; fewer may be needed.
         generated: while denoising, the ids generated so far (blocks begun, prompt aside), masks among them.

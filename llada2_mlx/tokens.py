@@ -52,7 +52,15 @@ class Tokens:
         self.boi = self._vocabulary["<boi>"]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one piece of text, with nothing added around it."""
+        """Ids of one piece of text, with nothing added around it.
+
+        Raises:
+            RequestError: the text is not valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"The text cannot be read: {error.reason} at character {error.start}.") from None
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:

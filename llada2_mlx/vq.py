@@ -29,14 +29,20 @@ class VQGrid:
     codebook_size: int
 
     def __post_init__(self) -> None:
-        codes = np.asarray(self.codes)
+        try:
+            codes = np.asarray(self.codes)
+        except ValueError:  # rows of different lengths
+            codes = np.empty(0)
         if codes.ndim != 2 or 0 in codes.shape or not np.issubdtype(codes.dtype, np.integer):
             raise RequestError(
                 f"A grid of codes is a non-empty [height, width] array of integers, not {codes.dtype} {list(codes.shape)}."
             )
-        if codes.min() < 0 or codes.max() >= self.codebook_size:
+        if not isinstance(self.codebook_size, int) or not 0 < self.codebook_size < 2**31:
+            raise RequestError(f"A codebook has a positive number of codes, not {self.codebook_size!r}.")
+        least, most = int(codes.min()), int(codes.max())
+        if least < 0 or most >= self.codebook_size:
             raise RequestError(
-                f"The grid holds codes from {codes.min()} to {codes.max()}; the codebook has 0 to {self.codebook_size - 1}."
+                f"The grid holds codes from {least} to {most}; the codebook has 0 to {self.codebook_size - 1}."
             )
         codes = codes.astype(np.int32)
         codes.setflags(write=False)
@@ -65,7 +71,7 @@ class VQGrid:
     @classmethod
     def from_list(cls, codes: list[int], height: int, width: int, codebook_size: int) -> VQGrid:
         """A grid from its codes row by row."""
-        if len(codes) != height * width:
+        if len(codes) != height * width or height < 1:
             raise RequestError(f"{len(codes)} codes do not make a grid of {height} x {width}.")
         return cls(np.asarray(codes).reshape(height, width), codebook_size)
 
@@ -100,7 +106,7 @@ class VQGrid:
             raise RequestError(f"There is no file {path}.") from None
         except RequestError as error:
             raise RequestError(f"{path}: {error}") from None
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise RequestError(
                 f"{path} is not a grid of codes ({error}); save one with `llada2-mlx encode` or `t2i --codes`."
             ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from math import prod
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -32,13 +33,19 @@ def check_backbone(config: BackboneConfig, tensors: dict[str, TensorInfo], check
     """Compare names and shapes in the checkpoint with those of the network, without reading a weight.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape.
+        CheckpointError: a tensor is missing, unexpected, of another shape, or of a type that cannot be read.
     """
     expected = {}
     for parameter, value in tree_flatten(LLaDA2(config).parameters()):
         names = published_names(parameter, value.shape)
         expected.update(dict.fromkeys(names, value.shape[1:] if len(names) > 1 else value.shape))
     check_tensors(tensors, expected, checkpoint.root)
+    for name, info in tensors.items():
+        if info.dtype not in _STORED:
+            raise CheckpointError(
+                f"{name} in {info.file} is stored as {info.dtype}; only {', '.join(_STORED)} can be read. "
+                "Choose the model in one of these."
+            )
 
 
 def compute_type(precision: str, tensors: dict[str, TensorInfo]) -> mx.Dtype:
@@ -52,6 +59,12 @@ def _parameter_type(parameter: str, dtype: mx.Dtype) -> mx.Dtype:
     """The type to keep a parameter in, in a network of type ``dtype``."""
     # the router is float32 by design; MLX's CPU backend multiplies experts in no other type
     return mx.float32 if ".mlp.gate." in parameter or (".switch_mlp." in parameter and _on_cpu()) else dtype
+
+
+def memory_bytes(tensors: dict[str, TensorInfo], dtype: mx.Dtype) -> int:
+    """What the weights take in memory, in a network of type ``dtype``."""
+    kept = lambda name: _parameter_type(name.replace(".mlp.experts.", ".mlp.switch_mlp."), dtype)
+    return sum(prod(info.shape) * kept(name).size for name, info in tensors.items())
 
 
 def _on_cpu() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,11 +14,12 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file, save_file
-from synthetic import write_checkpoint
+from synthetic import BACKBONE, Sizes, write_backbone, write_checkpoint
 
 from llada2_mlx import tasks
 from llada2_mlx.backbone import Backbone
 from llada2_mlx.checkpoint import BUILT_IN, Checkpoint, Part, resolve
+from llada2_mlx.diffusion import Method
 from llada2_mlx.errors import CheckpointError, RequestError
 from llada2_mlx.imaging import load_part
 from llada2_mlx.progress import Progress
@@ -225,8 +227,18 @@ def test_a_config_that_is_none(folder: Path, content: str) -> None:
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; only 'silu'"),
         ({"use_bias": True}, "use_bias = True"),
         ({"hidden_size": "wide"}, "hidden_size = 'wide'; a number"),
-        ({"n_group": 3}, "num_experts = 16, which 3 does not divide"),
-        ({"image_token_offset": 10_000}, "outside the vocabulary"),
+        ({"hidden_size": float("nan")}, "hidden_size = nan; a number"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps = inf; a number"),
+        ({"hidden_size": 0}, "hidden_size = 0; it has to be larger"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers = -1; it has to be larger"),
+        ({"n_group": 3}, "n_group has to divide num_experts"),
+        ({"topk_group": 5}, "topk_group cannot be larger than n_group"),
+        ({"n_group": 16}, "a group needs two experts"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok cannot be larger"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads has to divide"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor times head_dim"),
+        ({"image_token_offset": 10_000}, "image_token_offset has to be inside the vocabulary"),
+        ({"rope_parameters": [1]}, "rope_parameters = .* an object is needed"),
         ({"num_hidden_layers": 4}, "missing: model.layers.3"),
     ],
 )
@@ -234,6 +246,87 @@ def test_a_config_that_does_not_fit(folder: Path, change: dict, message: str) ->
     rewrite_json(folder / "config.json", **change)
     with pytest.raises(CheckpointError, match=message):
         opened(folder)
+
+
+def opened_variant(tmp_path: Path, **changes) -> Backbone:
+    write_backbone(tmp_path, Sizes(replace(BACKBONE, **changes)), torch.float32)
+    return opened(tmp_path)
+
+
+def test_a_single_expert_keeps_its_own_score(tmp_path: Path) -> None:
+    def gate(network):
+        yield Progress("computing", 1, 1)
+        router, x = network.model.layers[1].mlp.gate, mx.random.normal((5, 64), key=mx.random.key(0))
+        experts, weights = router(x)
+        scores = mx.sigmoid(x @ router.weight.T)
+        return np.array(weights), np.array(mx.take_along_axis(scores, experts, axis=-1) * router.scale)
+
+    weights, expected = opened_variant(tmp_path, num_experts_per_tok=1).run(gate)
+    assert weights.shape == (5, 1) and weights == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("published", [0, None])
+def test_no_shared_expert(tmp_path: Path, published: int | None) -> None:
+    opened_variant(tmp_path, num_shared_experts=0)
+    rewrite_json(tmp_path / "config.json", num_shared_experts=published)
+    # what a network with a shared expert of no width saves
+    empty = {f"model.layers.1.mlp.shared_experts.{name}_proj.weight": torch.zeros(0, 64) for name in ("gate", "up")}
+    rewrite(tmp_path / "model.safetensors", lambda tensors: tensors.update(empty))
+    assert tasks.text_to_vq(opened(tmp_path), "a cat").grid.height == 8
+
+
+@pytest.mark.parametrize("changes", [
+    {"first_k_dense_replace": 0, "num_shared_experts": 2},
+    {"first_k_dense_replace": 3, "num_attention_heads": 2, "head_dim": 24},
+    {"n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
+    {"topk_group": 4, "vocab_size": 512 + 37, "num_hidden_layers": 2},
+], ids=str)  # fmt: skip
+def test_other_sizes(tmp_path: Path, changes: dict) -> None:
+    backbone = opened_variant(tmp_path, **changes)
+    grids = [tasks.text_to_vq(backbone, "a cat", method=method).grid for method in Method]
+    assert grids[0] == grids[1] == grids[2]
+
+
+def test_weights_of_another_type_are_refused(folder: Path) -> None:
+    float8 = lambda tensors: tensors.update({EXPERT: tensors[EXPERT].to(torch.float8_e4m3fn)})
+    rewrite(folder / "model.safetensors", float8)
+    with pytest.raises(CheckpointError, match=f"{EXPERT} in .* is stored as F8_E4M3"):
+        opened(folder)
+    rewrite(folder / "vae/diffusion_pytorch_model.safetensors", lambda tensors: tensors.update(
+        {name: tensor.to(torch.int32) for name, tensor in tensors.items()}))  # fmt: skip
+    with pytest.raises(CheckpointError, match="only weights in BF16"):
+        load_part(Checkpoint(folder), Part.VAE)
+
+
+@pytest.mark.parametrize(("name", "part", "change"), [
+    ("image_tokenizer/config.json", Part.IMAGE_TOKENIZER, {"vision_config": []}),
+    ("image_tokenizer/config.json", Part.IMAGE_TOKENIZER, {"vq_config": {"num_embeddings": "many"}}),
+    ("image_tokenizer/config.json", Part.IMAGE_TOKENIZER, {"vision_config": {"patch_size": 14}}),
+    ("decoder/config.json", Part.DECODER, {"n_heads": 0}),
+    ("decoder/config.json", Part.DECODER, {"axes_dims": "wide"}),
+    ("vae/config.json", Part.VAE, {"scaling_factor": "big"}),
+    ("vae/config.json", Part.VAE, {"block_out_channels": [3]}),
+    ("vae/config.json", Part.VAE, {"shift_factor": "null"}),
+])  # fmt: skip
+def test_configs_of_the_image_parts_that_do_not_fit(folder: Path, name: str, part: Part, change: dict) -> None:
+    rewrite_json(folder / name, **change)
+    with pytest.raises(CheckpointError) as error:
+        load_part(Checkpoint(folder), part)
+    assert str(folder / Path(name).parent) in str(error.value)
+
+
+@pytest.mark.parametrize("weight_map", [[], "all", {"lm_head.weight": 1}])
+def test_an_index_that_is_none(folder: Path, weight_map) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="no usable weight_map"):
+        resolve(folder, Part.BACKBONE)
+
+
+@pytest.mark.parametrize("size", ["abc", [256], -256, 1.5])
+def test_an_image_size_that_is_none(folder: Path, size) -> None:
+    rewrite_json(folder / "config.json", image_size=size)
+    with pytest.raises(CheckpointError, match="image_size"):
+        tasks.text_to_vq(opened(folder), "a cat")
 
 
 def test_a_published_config_with_code_in_it_runs_none(folder: Path) -> None:
@@ -248,9 +341,10 @@ def test_precision(folder: Path) -> None:
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     assert Backbone(Checkpoint(folder), "auto").dtype == (mx.float32 if on_cpu else mx.bfloat16)
     half, full = Backbone(Checkpoint(folder), "bf16"), Backbone(Checkpoint(folder), "float32")
-    assert half.size * 2 == full.size
+    assert half.size < full.size and (on_cpu or half.size < 0.6 * full.size)
     for backbone, dtype in ((half, mx.bfloat16), (full, mx.float32)):
         backbone.load()
+        assert sum(value.nbytes for _, value in tree_flatten(backbone._model.parameters())) == backbone.size
         gate = backbone._model.model.layers[1].mlp.gate
         assert backbone._model.lm_head.weight.dtype == dtype
         assert gate.weight.dtype == gate.expert_bias.dtype == mx.float32
@@ -274,10 +368,6 @@ def test_weights_are_read_on_first_use_and_again_after_they_were_let_go(folder: 
 
 
 def test_experts_are_stacked_without_a_second_copy_of_the_model(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from synthetic import BACKBONE, Sizes, write_backbone
-
     wide = replace(BACKBONE, num_hidden_layers=6, moe_intermediate_size=256, hidden_size=256, intermediate_size=256)
     tmp_path.joinpath("wide").mkdir()
     write_backbone(tmp_path / "wide", Sizes(wide), torch.float32)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,19 +108,20 @@ def test_what_a_model_is(run) -> None:
         (("t2i", "a cat", "--solver", "best"), "There is no solver 'best'"),
         (("t2i", "a cat", "-o", "nowhere/picture.png"), "its folder has to exist"),
         (("t2i", "a cat", "-o", "picture.jpg"), "has to end in .png"),
-        (("t2i", "a cat", "--device", "abacus"), "There is no device"),
+        (("t2i", "a cat", "--device", "abacus"), "The device 'abacus' cannot be used"),
+        (("t2i", "a cat", "--device", "meta"), "cannot be used"),
+        (("t2i", "a\udcff"), "The text cannot be read"),
+        (("t2i", "a cat", "-o", "/proc/picture.png"), "cannot be written"),
         (("t2i", "a cat", "--model", "no/such/folder"), "There is no model folder"),
         (("encode", "missing.png"), "There is no picture missing.png"),
         (("encode", "text.png"), "cannot be read as a picture"),
         (("decode", "missing.safetensors"), "There is no file"),
-        (("info", "--model", "."), ""),
     ],
 )
 def test_what_cannot_be_done_is_one_line(run, words: tuple[str, ...], message: str) -> None:
     Path("text.png").write_text("no picture")
     status, _, err = run(*words)
-    if message:
-        assert status == 1 and err.startswith("llada2-mlx: ") and message in err and err.count("\n") == 1
+    assert status == 1 and err.startswith("llada2-mlx: ") and message in err and err.count("\n") == 1
     assert sorted(path.name for path in Path().iterdir()) == ["text.png"]
 
 
@@ -128,6 +131,38 @@ def test_the_process_ends_well(tmp_path: Path) -> None:
     for status, extra in ((0, []), (1, ["--steps", "0"])):
         done = subprocess.run([sys.executable, "-m", "llada2_mlx.cli", *words, *extra], capture_output=True, text=True)
         assert done.returncode == status, done.stderr
+
+
+def test_a_phones_upright_picture(run) -> None:
+    picture = noise(320, 160)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    picture.save("phone.jpg", exif=exif)
+    assert "VQGrid(20 x 10 codes" in run("encode", "phone.jpg", "-o", "codes.safetensors")[1]
+
+
+def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
+    picture = tmp_path / "cat.png"
+    words = [
+        "t2i",
+        "a cat",
+        "--width",
+        "1024",
+        "--height",
+        "1024",
+        "--steps",
+        "32",
+        "--threshold",
+        "1",
+        "-o",
+        str(picture),
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words], stderr=subprocess.PIPE, text=True)
+    time.sleep(12)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err.strip().splitlines()[-1]) == (130, "llada2-mlx: stopped")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_demo(run) -> None:

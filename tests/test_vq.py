@@ -27,6 +27,7 @@ def test_a_grid_is_int32_and_read_only(grid: VQGrid) -> None:
 @pytest.mark.parametrize(
     "codes",
     [
+        [[1, 2], [3]],
         np.zeros((8,), int),
         np.zeros((0, 8), int),
         np.zeros((8, 8)),

@@ -20,12 +20,12 @@ from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed
 from .device import build, default_device, has_float64, load_module, read_state_dict, read_tensors
 
-TIME_SHIFT = 6.0
 FEATURE_UPSAMPLING = 2  # the grid of features has this many times the sides of the grid of codes
 LATENT_PIXELS = 8  # pixels of the VAE per latent
 CODE_PIXELS = 16
 
-# torchdiffeq's methods; a fixed-step one calls the network this often for each interval.
+# torchdiffeq's methods; a fixed-step one calls the network so often for each interval. Its Adams methods assume even
+# steps, and the time grid is shifted: they diverge.
 FIXED_SOLVERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 ADAPTIVE_SOLVERS = ("dopri5", "bosh3", "adaptive_heun")
 SOLVERS = (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS)
@@ -49,6 +49,7 @@ class DecodeOptions:
         upscale: side of the picture over that of the tokenizer's, 1 or 2.
         sampler: the ODE, or the way the turbo decoder was published.
         solver: one of ``SOLVERS``, for the ODE.
+        time_shift: how far the ODE's time grid is moved towards the noise; 1 leaves it even.
 
     Raises:
         RequestError: a value is out of range.
@@ -60,6 +61,7 @@ class DecodeOptions:
     upscale: int = 2
     sampler: Sampler = Sampler.ODE
     solver: str = "euler"
+    time_shift: float = 6.0
 
     def __post_init__(self) -> None:
         least = 2 if self.sampler is Sampler.ODE else 1
@@ -71,6 +73,8 @@ class DecodeOptions:
             raise RequestError(f"upscale is {self.upscale}; it has to be 1 or 2.")
         if self.solver not in SOLVERS:
             raise RequestError(f"There is no solver {self.solver!r}; there are {', '.join(SOLVERS)}.")
+        if not 1 <= self.time_shift <= 100:
+            raise RequestError(f"time shift is {self.time_shift}; it has to be from 1 to 100.")
         if not 0 <= self.seed < 2**64:
             raise RequestError(f"The seed is {self.seed}; it has to be from 0 to {2**64 - 1}.")
 
@@ -211,6 +215,11 @@ class VAE:
         self.device = device or default_device()
         dtype = torch.float32 if config.get("force_upcast", True) else None
         model = build(lambda: AutoencoderKL(**config), checkpoint.root / "vae/config.json")
+        for name in ("scaling_factor", "shift_factor"):
+            if not isinstance(model.config[name], (int, float)):
+                raise CheckpointError(
+                    f"{checkpoint.root / 'vae/config.json'} has {name} = {model.config[name]!r}; a number is needed."
+                )
         self.model = load_module(model, read_tensors(path, self.device, dtype, on_step), path)
 
     @torch.inference_mode()
@@ -266,10 +275,10 @@ def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch
     return guided * (positive.norm() / guided.norm().clamp_min(1e-12)).clamp_max(1)
 
 
-def ode_times(steps: int, device: torch.device) -> torch.Tensor:
+def ode_times(steps: int, shift: float, device: torch.device) -> torch.Tensor:
     """The ODE's time grid: ``steps`` points from 0 to 1, shifted towards the noise."""
     time = torch.linspace(0, 1, steps, device=device)
-    return time / (time + TIME_SHIFT - TIME_SHIFT * time)
+    return time / (time + shift - shift * time)
 
 
 def _integrate(velocity: Callable, noise: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:
@@ -288,7 +297,9 @@ def _integrate(velocity: Callable, noise: torch.Tensor, options: DecodeOptions, 
     adaptive = (
         {"options": {"dtype": torch.float32}, "rtol": 1e-3, "atol": 1e-4} if options.solver in ADAPTIVE_SOLVERS else {}
     )
-    return odeint(counted, noise, ode_times(options.steps, noise.device), method=options.solver, **adaptive)[-1]
+    return odeint(
+        counted, noise, ode_times(options.steps, options.time_shift, noise.device), method=options.solver, **adaptive
+    )[-1]
 
 
 def _renoise(

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoint import safetensors_header
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
 
 T = TypeVar("T")
@@ -40,9 +40,13 @@ def read_tensors(
     Raises:
         CheckpointError: the file is damaged, or a tensor holds values that are not finite.
     """
-    names = list(safetensors_header(path))  # says whether the file is whole
+    names = list(header := safetensors_header(path))  # says whether the file is whole
+    if strange := [
+        f"{name} ({info.dtype})" for name, info in header.items() if info.dtype not in ("BF16", "F16", "F32")
+    ]:
+        raise CheckpointError(f"{path} holds {strange[0]}; only weights in BF16, F16 or F32 can be read.")
     tensors = {}
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    with safe_open(path, framework="pt", device="cpu" if device.type == "cpu" else str(device)) as file:
         for done, name in enumerate(names, 1):
             tensor = file.get_tensor(name)
             tensors[name] = tensor.to(dtype or tensor.dtype)
@@ -67,6 +71,22 @@ def read_state_dict(path: Path, device: torch.device | None = None) -> dict[str,
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{path} is not a state dict. Download it again.")
     return tensors if device is None else _finite({name: tensor.to(device) for name, tensor in tensors.items()}, path)
+
+
+def usable(name: str) -> torch.device:
+    """The device that a person names.
+
+    Raises:
+        RequestError: PyTorch does not know it, or this machine does not have it.
+    """
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RequestError(
+            f"The device {name!r} cannot be used ({str(error).splitlines()[0]}); try mps, cuda or cpu."
+        ) from None
+    return device
 
 
 def _finite(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:

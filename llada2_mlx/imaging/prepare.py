@@ -6,7 +6,7 @@ import math
 from enum import Enum
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..errors import RequestError
 
@@ -34,37 +34,58 @@ def prepare(image: Image.Image, purpose: Purpose) -> Image.Image:
     Raises:
         RequestError: the picture is empty, or so thin that its grid has no size token.
     """
+    _check_pixels(image)
+    _check_grid(image, target_size(image, purpose), purpose)  # before a thin picture is made enormous
     prepared = fit(image, purpose)
-    least, most = GRID_SIDES
-    if not all(least <= side // PATCH <= most for side in prepared.size):
-        raise RequestError(
-            f"The picture is {image.width} x {image.height} pixels, too thin to {purpose.value}: its grid would be "
-            f"{prepared.width // PATCH} x {prepared.height // PATCH} codes, and a side has to have {least} to {most}. "
-            "Crop it or pad it to a less extreme shape."
-        )
+    _check_grid(image, prepared.size, purpose)
     return prepared
 
 
 def fit(image: Image.Image, purpose: Purpose) -> Image.Image:
-    """The picture in the size that the published code gives it, however thin, RGB.
+    """The picture in its target size, however thin, RGB.
 
-    Understanding scales it to about its own size, at most 800 x 800 pixels of area. Editing scales it to cover
-    the nearest of a fixed set of sizes of about 512 x 512 and crops the middle; "as published" crops without
-    any scaling, so that a large photo loses all but its middle and a small one is padded with black.
+    Understanding scales it to cover its target and crops the middle, as published. Editing does the same; "as
+    published" crops without any scaling, so that a large photo loses all but its middle and a small one is padded
+    with black.
 
     Raises:
         RequestError: the picture is empty.
     """
     image = to_rgb(image)
-    if purpose in (Purpose.UNDERSTAND, Purpose.UNDERSTAND_SEVERAL):
-        target = understand_size(*image.size, UNDERSTAND_LARGEST if purpose is Purpose.UNDERSTAND else SEVERAL_LARGEST)
-        covering = cover(image, *target)
-        # the published crop is now and then a step larger than the target
-        return centre_crop(
-            covering, *(max(UNIT * (side // UNIT), wanted) for side, wanted in zip(covering.size, target, strict=True))
+    target = target_size(image, purpose)
+    if purpose is Purpose.EDIT:
+        return ImageOps.fit(image, target, Image.Resampling.BICUBIC)
+    if purpose is Purpose.EDIT_PUBLISHED:
+        return centre_crop(image, *target)
+    covering = cover(image, *target)
+    # the published crop is now and then a step larger than the target
+    return centre_crop(
+        covering, *(max(UNIT * (side // UNIT), wanted) for side, wanted in zip(covering.size, target, strict=True))
+    )
+
+
+def target_size(image: Image.Image, purpose: Purpose) -> tuple[int, int]:
+    """Width and height to bring a picture to: about its own, or one of a fixed set of about 512 x 512 to edit it."""
+    if purpose is Purpose.UNDERSTAND:
+        return understand_size(*image.size)
+    if purpose is Purpose.UNDERSTAND_SEVERAL:
+        return understand_size(*image.size, SEVERAL_LARGEST)
+    return edit_size(*image.size)
+
+
+def _check_pixels(image: Image.Image) -> None:
+    if 0 in image.size:
+        raise RequestError(f"The picture is {image.width} x {image.height} pixels: there is nothing in it.")
+
+
+def _check_grid(image: Image.Image, size: tuple[int, int], purpose: Purpose) -> None:
+    least, most = GRID_SIDES
+    if not all(least <= side // PATCH <= most for side in size):
+        raise RequestError(
+            f"The picture is {image.width} x {image.height} pixels, too thin to {purpose.value}: its grid would be "
+            f"{size[0] // PATCH} x {size[1] // PATCH} codes, and a side has to have {least} to {most}. "
+            "Crop it or pad it to a less extreme shape."
         )
-    target = edit_size(*image.size)
-    return centre_crop(image if purpose is Purpose.EDIT_PUBLISHED else cover(image, *target), *target)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -73,12 +94,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         RequestError: the picture has no pixels.
     """
-    if 0 in image.size:
-        raise RequestError(f"The picture is {image.width} x {image.height} pixels: there is nothing in it.")
+    _check_pixels(image)
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        # 32-bit modes carry 16-bit or 8-bit pictures; what they hold tells which
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        # 32-bit modes carry pictures of other depths; what they hold tells which
         most = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
+        if image.mode == "F" and values.max() <= 1:
+            most = 1
         image = Image.fromarray((values.clip(0, most) / most * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

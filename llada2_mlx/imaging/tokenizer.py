@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid
 from .device import build, default_device, load_module, read_tensors
-from .prepare import Purpose, prepare
+from .prepare import PATCH, Purpose, prepare
 
 
 class ImageTokenizer:
@@ -46,7 +46,11 @@ class ImageTokenizer:
             ),
             checkpoint.root / name,
         )
-        self.patch, self.codebook_size = self.vision.patch_size, self.quantiser.quantize.num_embeddings
+        self.codebook_size = self.quantiser.quantize.num_embeddings
+        if self.vision.patch_size != PATCH:
+            raise CheckpointError(
+                f"{checkpoint.root / name} has patches of {self.vision.patch_size} pixels; only {PATCH} is supported."
+            )
         path = checkpoint.only_safetensors("image_tokenizer")
         tensors = read_tensors(path, self.device, on_step=on_step)
         parts = {"model.visual.": self.vision, "model.vqmodel.": self.quantiser}
@@ -76,8 +80,8 @@ class ImageTokenizer:
     def _encode(self, image: Image.Image) -> VQGrid:
         pixels = torch.from_numpy(np.array(image)).to(self.device, torch.float32) / 255
         pixels = ((pixels - 0.5) / 0.5).to(self.vision.dtype)
-        patches = rearrange(pixels, "(h p) (w q) c -> (h w) (c p q)", p=self.patch, q=self.patch)
-        height, width = image.height // self.patch, image.width // self.patch
+        patches = rearrange(pixels, "(h p) (w q) c -> (h w) (c p q)", p=PATCH, q=PATCH)
+        height, width = image.height // PATCH, image.width // PATCH
         features = self.vision(
             patches, grid_thw=torch.tensor([[1, height, width]], device=self.device)
         ).last_hidden_state

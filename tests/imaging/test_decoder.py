@@ -13,7 +13,6 @@ from llada2_mlx.checkpoint import BUILT_IN, Checkpoint, Part
 from llada2_mlx.errors import RequestError
 from llada2_mlx.imaging import decoder as module
 from llada2_mlx.imaging.decoder import (
-    ADAPTIVE_SOLVERS,
     FIXED_SOLVERS,
     SOLVERS,
     VAE,
@@ -79,11 +78,11 @@ def test_every_solver_goes_to_the_same_picture(decoder: Decoder, solver: str) ->
     if solver in FIXED_SOLVERS:
         assert len(calls) == 11 * FIXED_SOLVERS[solver] == calls[-1].total
     else:
-        assert solver in ADAPTIVE_SOLVERS and calls[-1].done == calls[-1].total
+        assert calls[-1].done == calls[-1].total >= 11
 
 
 def test_the_time_grid_runs_from_noise_to_picture() -> None:
-    times = ode_times(5, CPU)
+    times = ode_times(5, 6.0, CPU)
     assert times.tolist() == pytest.approx([0, 0.25 / 4.75, 0.5 / 3.5, 0.75 / 2.25, 1])
 
 
@@ -159,7 +158,9 @@ class Doubles(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "options", [*({"solver": solver} for solver in (*FIXED_SOLVERS, "dopri5")), {"sampler": Sampler.RENOISE}], ids=str
+    "options",
+    [*({"solver": solver} for solver in (*FIXED_SOLVERS, "dopri5")), {"sampler": Sampler.RENOISE}],
+    ids=str,
 )
 def test_no_double_precision_where_the_device_has_none(
     decoder: Decoder, options: dict, monkeypatch: pytest.MonkeyPatch
