@@ -1,7 +1,7 @@
 """A backbone that can be used from any thread: one checkpoint, its tokenizer, and a worker for MLX.
 
 Everything that touches an array, loading included, runs on the worker's thread, step by step; the caller waits
-for each step and gets its progress in his own thread, where he may raise to end the work.
+for each step and gets its progress in the thread that it called from, where it may raise to end the work.
 """
 
 from __future__ import annotations

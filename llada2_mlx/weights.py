@@ -24,9 +24,14 @@ def published_names(parameter: str, shape: tuple[int, ...]) -> list[str]:
     Everything has its published name except a layer's experts: ``mlp.switch_mlp.gate_proj.weight`` [E, out, in]
     is ``mlp.experts.0.gate_proj.weight`` ... ``mlp.experts.E-1.gate_proj.weight``.
     """
-    if ".switch_mlp." not in parameter:
+    if not _is_stack(parameter):
         return [parameter]
     return [parameter.replace(".switch_mlp.", f".experts.{expert}.") for expert in range(shape[0])]
+
+
+def _is_stack(parameter: str) -> bool:
+    """Whether a parameter stacks the experts of a layer, each of which is a tensor of its own in the checkpoint."""
+    return ".switch_mlp." in parameter
 
 
 def check_backbone(config: BackboneConfig, tensors: dict[str, TensorInfo], checkpoint: Checkpoint) -> None:
@@ -37,8 +42,8 @@ def check_backbone(config: BackboneConfig, tensors: dict[str, TensorInfo], check
     """
     expected = {}
     for parameter, value in tree_flatten(LLaDA2(config).parameters()):
-        names = published_names(parameter, value.shape)
-        expected.update(dict.fromkeys(names, value.shape[1:] if len(names) > 1 else value.shape))
+        shape = value.shape[1:] if _is_stack(parameter) else value.shape
+        expected.update(dict.fromkeys(published_names(parameter, value.shape), shape))
     check_tensors(tensors, expected, checkpoint.root)
     for name, info in tensors.items():
         if info.dtype not in _STORED:
@@ -58,7 +63,7 @@ def compute_type(precision: str, tensors: dict[str, TensorInfo]) -> mx.Dtype:
 def _parameter_type(parameter: str, dtype: mx.Dtype) -> mx.Dtype:
     """The type to keep a parameter in, in a network of type ``dtype``."""
     # the router is float32 by design; MLX's CPU backend multiplies experts in no other type
-    return mx.float32 if ".mlp.gate." in parameter or (".switch_mlp." in parameter and _on_cpu()) else dtype
+    return mx.float32 if ".mlp.gate." in parameter or (_is_stack(parameter) and _on_cpu()) else dtype
 
 
 def memory_bytes(tensors: dict[str, TensorInfo], dtype: mx.Dtype) -> int:
@@ -94,7 +99,7 @@ def load_backbone(checkpoint: Checkpoint, precision: str = "auto") -> Generator[
     for done, (parameter, empty) in enumerate(parameters, 1):
         names = published_names(parameter, empty.shape)
         read = [files[tensors[name].file].pop(name) for name in names]
-        value = mx.stack(read) if len(names) > 1 else read[0]
+        value = mx.stack(read) if _is_stack(parameter) else read[0]
         del read
         if ".mlp.gate." not in parameter:
             value = value.astype(dtype)

@@ -18,7 +18,7 @@ def model_input(what: str) -> io.Combo.Input:
     )
 
 
-def seed_input(effect: str, after: io.ControlAfterGenerate) -> io.Int.Input:
+def seed_input(effect: str, after: bool | io.ControlAfterGenerate = True) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=after, tooltip=effect)
 
 

@@ -110,8 +110,7 @@ class ZImageDecode(io.ComfyNode):
                     tooltip="How strongly to follow the codes. 1 is as published for the full decoder; 0 is none and takes half the work.",
                 ),
                 seed_input(
-                    "Of the decoder's noise. One seed gives one picture on every machine; in a batch, picture i uses seed + i.",
-                    io.ControlAfterGenerate.randomize,
+                    "Of the decoder's noise. One seed gives one picture on every machine; in a batch, picture i uses seed + i."
                 ),
                 io.Int.Input(
                     "upscale",

@@ -82,7 +82,7 @@ def write_backbone(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
     tensors = {}
     for parameter, value in tree_flatten(LLaDA2(config).parameters()):
         names = published_names(parameter, value.shape)
-        shape = value.shape[1:] if len(names) > 1 else value.shape
+        shape = value.shape[1:] if ".switch_mlp." in parameter else value.shape
         for name in names:
             norm, bias = name.endswith("norm.weight"), name.endswith("expert_bias")
             tensors[name] = torch.ones(shape) if norm else torch.randn(shape) * (0.01 if bias else shape[-1] ** -0.5)

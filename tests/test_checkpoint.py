@@ -279,6 +279,7 @@ def test_no_shared_expert(tmp_path: Path, published: int | None) -> None:
     {"first_k_dense_replace": 0, "num_shared_experts": 2},
     {"first_k_dense_replace": 3, "num_attention_heads": 2, "head_dim": 24},
     {"n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
+    {"num_experts": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1},
     {"topk_group": 4, "vocab_size": 512 + 37, "num_hidden_layers": 2},
 ], ids=str)  # fmt: skip
 def test_other_sizes(tmp_path: Path, changes: dict) -> None:
