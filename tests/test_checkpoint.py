@@ -95,6 +95,19 @@ def test_a_hub_model_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp
         resolve("inclusionAI/LLaDA2.0-Uni", Part.BACKBONE)
 
 
+def test_a_hub_model_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cached = tmp_path / "models--someone--model"
+    shutil.copytree(BUILT_IN, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert resolve("someone/model", Part.BACKBONE, Part.VAE).root == cached / "snapshots" / "abc"
+    (cached / "snapshots/abc/vae/config.json").unlink()
+    with pytest.raises(CheckpointError, match="no complete VAE: vae/config.json"):
+        resolve("someone/model", Part.VAE)
+
+
 def test_a_missing_tensor_is_named(folder: Path) -> None:
     rewrite(folder / "model.safetensors", lambda tensors: tensors.pop(EXPERT))
     with pytest.raises(CheckpointError, match=f"missing: {EXPERT}"):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
+from torch import nn
 
 from ..checkpoint import Checkpoint, Part
 from ..errors import CheckpointError
@@ -59,6 +60,7 @@ class ImageTokenizer:
         for prefix, module in parts.items():
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             load_module(module, own, path)
+        self.vision.embeddings = _PositionsOnCPU(self.vision.embeddings)
 
     def encode(self, image: Image.Image, purpose: Purpose) -> VQGrid:
         """Prepare a picture of any mode and size, and encode it.
@@ -87,3 +89,18 @@ class ImageTokenizer:
         ).last_hidden_state
         codes = self.quantiser.encode(rearrange(features, "(b h w) c -> b c h w", b=1, h=height)).image_tokens
         return VQGrid(codes.view(height, width).cpu().numpy(), self.codebook_size)
+
+
+class _PositionsOnCPU(nn.Module):
+    """The vision transformer's position embedding, interpolated on the CPU wherever the rest runs.
+
+    It samples bilinearly with border padding, which MPS has from PyTorch 2.11 on (pytorch/pytorch#125098).
+    """
+
+    def __init__(self, embeddings: nn.Module):
+        super().__init__()
+        self.embeddings = embeddings.to("cpu")
+
+    def forward(self, patches: torch.Tensor, *where: torch.Tensor) -> torch.Tensor:
+        nothing = torch.zeros_like(patches, device="cpu")
+        return patches + self.embeddings(nothing, *(place.to("cpu") for place in where)).to(patches.device)
