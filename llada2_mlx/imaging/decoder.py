@@ -285,21 +285,21 @@ def _integrate(velocity: Callable, noise: torch.Tensor, options: DecodeOptions, 
     """Solve ``dx/dt = velocity(t, x)`` from 0 to 1 with torchdiffeq."""
     from torchdiffeq import odeint
 
-    calls, total = 0, (options.steps - 1) * FIXED_SOLVERS.get(options.solver, 0)
+    adaptive, calls = options.solver in ADAPTIVE_SOLVERS, 0
 
     def counted(time: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         result = velocity(time, latent)
         calls += 1
-        on_step(Progress("decoding", calls, max(total, calls)))
+        if adaptive:  # nobody knows how many calls it will take, only how far it is
+            on_step(Progress("decoding", round(100 * min(time.item(), 1)), 100))
+        else:
+            on_step(Progress("decoding", calls, (options.steps - 1) * FIXED_SOLVERS[options.solver]))
         return result
 
-    adaptive = (
-        {"options": {"dtype": torch.float32}, "rtol": 1e-3, "atol": 1e-4} if options.solver in ADAPTIVE_SOLVERS else {}
-    )
-    return odeint(
-        counted, noise, ode_times(options.steps, options.time_shift, noise.device), method=options.solver, **adaptive
-    )[-1]
+    tolerance = {"options": {"dtype": torch.float32}, "rtol": 1e-3, "atol": 1e-4} if adaptive else {}
+    times = ode_times(options.steps, options.time_shift, noise.device)
+    return odeint(counted, noise, times, method=options.solver, **tolerance)[-1]
 
 
 def _renoise(
