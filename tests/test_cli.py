@@ -147,9 +147,9 @@ def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
         "t2i",
         "a cat",
         "--width",
-        "1024",
+        "2816",
         "--height",
-        "1024",
+        "2816",
         "--steps",
         "32",
         "--threshold",
@@ -158,7 +158,7 @@ def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
         str(picture),
     ]
     process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words], stderr=subprocess.PIPE, text=True)
-    time.sleep(12)
+    time.sleep(10)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err.strip().splitlines()[-1]) == (130, "llada2-mlx: stopped")
