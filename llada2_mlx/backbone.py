@@ -40,7 +40,7 @@ class Backbone:
     def __init__(self, checkpoint: Checkpoint, precision: str = "auto"):
         if precision not in ("auto", *PRECISIONS):
             raise RequestError(f"The precision is {precision!r}; it has to be one of auto, {', '.join(PRECISIONS)}.")
-        self.checkpoint, self.precision = checkpoint.require(Part.BACKBONE), precision
+        self.checkpoint = checkpoint.require(Part.BACKBONE)
         self.config = checkpoint.config
         self._worker = MLXWorker()
         self._model: LLaDA2 | None = None
@@ -68,7 +68,7 @@ class Backbone:
         """
         with self._loading:
             if self._model is None:
-                self._model = self._drive(load_backbone(self.checkpoint, self.precision), on_step)
+                self._model = self._drive(load_backbone(self.checkpoint, self.dtype), on_step)
             return self._model
 
     def unload(self) -> None:
@@ -82,7 +82,7 @@ class Backbone:
         Args:
             job: makes a generator of ``Progress`` whose return value is the result.
             on_step: called after each step in this thread; what it raises ends the job before the next one.
-        options: of the job.
+            options: of the job.
         """
         network = self.load(on_step)
         try:

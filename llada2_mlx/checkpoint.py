@@ -69,8 +69,7 @@ class Checkpoint:
 
     def files(self, part: Part) -> list[Path]:
         """The files of ``part`` that are there, sorted."""
-        patterns = FILES[part] + ((_INDEX,) if part is Part.BACKBONE else ())
-        return sorted(path for pattern in patterns for path in self.root.glob(pattern))
+        return sorted(path for pattern in _patterns(part) for path in self.root.glob(pattern))
 
     def missing(self, part: Part) -> list[str]:
         """The files of ``part`` that this folder lacks, relative to it, some as globs; empty if it is complete."""
@@ -246,9 +245,7 @@ def _download(repo: str, parts: tuple[Part, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = {pattern for part in parts for pattern in FILES[part]}
-    if Part.BACKBONE in parts:
-        patterns.add(_INDEX)
+    patterns = {pattern for part in parts for pattern in _patterns(part)}
     try:
         return Path(snapshot_download(repo, allow_patterns=sorted(patterns)))
     except RepositoryNotFoundError:
@@ -259,6 +256,11 @@ def _download(repo: str, parts: tuple[Part, ...]) -> Path:
             f"{repo} is not on this machine and could not be downloaded ({reason}). "
             "Check the network and try again: what has arrived is kept."
         ) from error
+
+
+def _patterns(part: Part) -> tuple[str, ...]:
+    """The globs of all that a part may have: what it needs, and the index that a backbone in shards has."""
+    return (*FILES[part], _INDEX) if part is Part.BACKBONE else FILES[part]
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -157,10 +157,8 @@ class _Bars:
 
         if self.phase != progress.phase:
             self._close()
-            self.phase, self.bar = (
-                progress.phase,
-                tqdm(total=progress.total, desc=progress.phase, leave=False, disable=None),
-            )
+            self.phase = progress.phase
+            self.bar = tqdm(total=progress.total, desc=progress.phase, leave=False, disable=None)
         self.bar.total = progress.total
         self.bar.update(progress.done - self.bar.n)
 
@@ -267,7 +265,7 @@ def _tell(report: Report) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--model",
         default=str(BUILT_IN),

@@ -76,8 +76,8 @@ def _on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
-def load_backbone(checkpoint: Checkpoint, precision: str = "auto") -> Generator[Progress, None, LLaDA2]:
-    """Build the network and read its weights, parameter by parameter.
+def load_backbone(checkpoint: Checkpoint, dtype: mx.Dtype) -> Generator[Progress, None, LLaDA2]:
+    """Build the network and read its weights, parameter by parameter, to run in ``dtype``.
 
     A file is mapped lazily and a tensor is read when its parameter's turn comes; experts are stacked one
     layer's projection at a time, so that never more than one stack exists twice.
@@ -92,7 +92,6 @@ def load_backbone(checkpoint: Checkpoint, precision: str = "auto") -> Generator[
         CheckpointError: a tensor holds values that are not finite.
     """
     tensors = checkpoint.backbone_tensors()
-    dtype = compute_type(precision, tensors)
     model = LLaDA2(checkpoint.config)
     files = {path: mx.load(str(path)) for path in {info.file for info in tensors.values()}}
     parameters = tree_flatten(model.parameters())

@@ -10,6 +10,17 @@ _STEPS = "Denoising steps for each block of tokens. More is slower and can be be
 _VQ_OUT = "The picture as codes, for ZImage Decode or LLaDA2 Understand."
 
 
+def _side_input(name: str) -> io.Int.Input:
+    return io.Int.Input(
+        name,
+        default=0,
+        min=0,
+        max=prompts.LARGEST_SIDE,
+        step=prompts.SIDE_STEP,
+        tooltip=f"{name.capitalize()} of the decoded picture in pixels; 0 is the model's own size.",
+    )
+
+
 class LLaDA2TextToVQ(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -24,22 +35,8 @@ class LLaDA2TextToVQ(io.ComfyNode):
                 io.String.Input(
                     "prompt", multiline=True, dynamic_prompts=True, default="", tooltip="What to draw, in any language."
                 ),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=prompts.LARGEST_SIDE,
-                    step=prompts.SIDE_STEP,
-                    tooltip="Width of the decoded picture in pixels; 0 is the model's own size.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=prompts.LARGEST_SIDE,
-                    step=prompts.SIDE_STEP,
-                    tooltip="Height of the decoded picture in pixels; 0 is the model's own size.",
-                ),
+                _side_input("width"),
+                _side_input("height"),
                 io.Int.Input("steps", default=8, min=1, max=256, tooltip=_STEPS),
                 io.Float.Input(
                     "guidance",
@@ -155,11 +152,10 @@ class LLaDA2Edit(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..llada2_mlx import tasks
         from ..llada2_mlx.diffusion import Sampling
-        from ..llada2_mlx.vq import picture_seed
 
         prompts.require_text(instruction, "instruction")
         edited = []
-        for index, grid in enumerate(vq):
+        for grid, own_seed, on_step in host.pictures(vq, seed):
             drawing = tasks.edit(
                 backbone,
                 grid,
@@ -167,8 +163,8 @@ class LLaDA2Edit(io.ComfyNode):
                 text_guidance,
                 image_guidance,
                 rescale,
-                Sampling(block_length, steps, threshold, temperature, seed=picture_seed(seed, index)),
-                on_step=host.progress(index, len(vq)),
+                Sampling(block_length, steps, threshold, temperature, seed=own_seed),
+                on_step=on_step,
             )
             edited.append(drawing.grid)
         return io.NodeOutput(tuple(edited))

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from ..llada2_mlx.checkpoint import BUILT_IN as BUILT_IN_FOLDER
 from ..llada2_mlx.checkpoint import HUB_MODEL, Checkpoint, Part, resolve
 from ..llada2_mlx.errors import CheckpointError, LLaDA2Error
 from ..llada2_mlx.progress import ignore
+from ..llada2_mlx.vq import VQGrid, picture_seed
 
 if TYPE_CHECKING:
     from ..llada2_mlx.backbone import Backbone
@@ -168,6 +169,12 @@ def progress(item: int = 0, items: int = 1) -> OnStep:
         bar.update_absolute(item * at.total + at.done, items * at.total)
 
     return step
+
+
+def pictures(grids: tuple[VQGrid, ...], seed: int) -> Iterator[tuple[VQGrid, int, OnStep]]:
+    """Each grid of a batch, with the seed and the ``OnStep`` of its own."""
+    for index, grid in enumerate(grids):
+        yield grid, picture_seed(seed, index), progress(index, len(grids))
 
 
 def progress_text() -> Callable[..., None]:

@@ -60,19 +60,18 @@ class LLaDA2Understand(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..llada2_mlx import tasks
         from ..llada2_mlx.diffusion import Sampling
-        from ..llada2_mlx.vq import picture_seed
 
         prompts.require_text(question, "question")
         answers = []
         show = host.progress_text()
-        for index, grid in enumerate(vq):
+        for grid, own_seed, on_step in host.pictures(vq, seed):
             answer = tasks.understand(
                 backbone,
                 grid,
                 question,
                 max_new_tokens,
-                Sampling(block_length, steps, threshold, temperature, seed=picture_seed(seed, index)),
-                on_step=host.progress(index, len(vq)),
+                Sampling(block_length, steps, threshold, temperature, seed=own_seed),
+                on_step=on_step,
                 on_text=show,
             )
             show(answer.text, final=True)

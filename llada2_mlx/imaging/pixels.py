@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -21,10 +20,6 @@ def to_images(pixels: torch.Tensor) -> list[Image.Image]:
         raise RequestError(
             f"A picture of shape {list(pixels.shape)} cannot be used; it needs pixels and 1, 3 or 4 channels."
         )
-    values = to_bytes(pixels)
+    # rounded; what is outside 0 .. 1 or not a number is clamped
+    values = (torch.nan_to_num(pixels.float()).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in values]
-
-
-def to_bytes(pixels: torch.Tensor) -> np.ndarray:
-    """Floats in 0 .. 1 -> 8-bit values, rounded; what is outside or not a number is clamped."""
-    return (torch.nan_to_num(pixels.float()).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
