@@ -1,0 +1,75 @@
+"""A model with all its parts open: text to picture, picture to text, picture to picture, as the nodes chain them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from PIL import Image
+
+from .. import tasks
+from ..backbone import Backbone
+from ..checkpoint import BUILT_IN, Checkpoint, Part
+from ..imaging import load_part
+from ..imaging.decoder import VAE, DecodeOptions, Decoder
+from ..imaging.pixels import to_images
+from ..imaging.prepare import Purpose
+from ..imaging.tokenizer import ImageTokenizer
+from ..vq import VQGrid
+
+
+class Studio:
+    """The parts of a checkpoint, each opened on first use, at the defaults of the nodes.
+
+    Args:
+        checkpoint: any model; the built-in one if left out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
+        self.checkpoint = checkpoint or Checkpoint(BUILT_IN)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        return Backbone(self.checkpoint)
+
+    @cached_property
+    def tokenizer(self) -> ImageTokenizer:
+        return load_part(self.checkpoint, Part.IMAGE_TOKENIZER)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return load_part(self.checkpoint, Part.DECODER)
+
+    @cached_property
+    def turbo(self) -> Decoder:
+        return load_part(self.checkpoint, Part.DECODER_TURBO)
+
+    @cached_property
+    def vae(self) -> VAE:
+        return load_part(self.checkpoint, Part.VAE)
+
+    def draw(self, prompt: str, guidance: float = 2.0) -> Image.Image:
+        """A picture for a prompt."""
+        return self.decode(self.codes(prompt, guidance))
+
+    def codes(self, prompt: str, guidance: float = 2.0) -> VQGrid:
+        """The codes of a picture for a prompt."""
+        return tasks.text_to_vq(self.backbone, prompt, guidance=guidance).grid
+
+    def decode(self, grid: VQGrid, turbo: bool = True, seed: int = 0) -> Image.Image:
+        """The picture of a grid: turbo at 8 steps, or the full decoder at 50."""
+        decoder, steps = (self.turbo, 8) if turbo else (self.decoder, 50)
+        return to_images(self.vae.decode(decoder.sample([grid], DecodeOptions(steps, seed=seed))))[0]
+
+    def ask(self, picture: Image.Image, question: str) -> str:
+        """The answer to a question about a picture."""
+        grid = self.tokenizer.encode(picture, Purpose.UNDERSTAND)
+        return tasks.understand(self.backbone, grid, question).text
+
+    def edit(self, picture: Image.Image, instruction: str) -> Image.Image:
+        """A picture changed as an instruction says."""
+        grid = self.tokenizer.encode(picture, Purpose.EDIT)
+        return self.decode(tasks.edit(self.backbone, grid, instruction).grid)
+
+    def redraw(self, picture: Image.Image) -> Image.Image:
+        """A picture through codes and back."""
+        return self.decode(self.tokenizer.encode(picture, Purpose.EDIT))
