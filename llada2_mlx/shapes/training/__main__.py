@@ -1,0 +1,123 @@
+"""``make shapes``: train the built-in model from scratch. Stopped anywhere, the next call goes on."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from ...checkpoint import BUILT_IN, Checkpoint
+from ...tokens import Tokens
+from . import backbone, data, decoder, export, tokenizer, vae
+from .loop import train
+
+SEED = 0
+STAGES = ("text", "tokenizer", "vae", "data", "decoder", "turbo", "backbone")
+
+
+def main() -> None:
+    """Run the stages; what is done already is only read."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="where states and data are kept")
+    parser.add_argument("--out", type=Path, default=BUILT_IN, help="the checkpoint to write")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES, help="all if left out")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    training = Training(arguments.work, arguments.out)
+    for stage in arguments.stages:
+        began = time.monotonic()
+        getattr(training, stage)()
+        print(f"{stage}: {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+    logs = arguments.out / "training"
+    logs.mkdir(exist_ok=True)
+    for log in arguments.work.glob("*.tsv"):
+        shutil.copy(log, logs)
+
+
+class Training:
+    """The stages in their order. Each reads what the ones before it left in ``work``, and writes its part of ``out``."""
+
+    def __init__(self, work: Path, out: Path) -> None:
+        self.work, self.out = work, out
+
+    def text(self) -> None:
+        """The config and the text tokenizer."""
+        export.write_text(self.out)
+
+    def tokenizer(self) -> None:
+        """The image tokenizer."""
+        export.write_image_tokenizer(self.out, self._tokenizer())
+
+    def vae(self) -> None:
+        """The VAE, first on pictures of half the size, then on whole ones, and last its decoder alone."""
+        trained, scale, shift = self._vae()
+        trained.model.decoder.requires_grad_(True)
+        self._train("vae-decoding", trained, trained.decoding_losses, vae.DECODING)
+        export.write_vae(self.out, trained, scale, shift)
+
+    def data(self) -> None:
+        """Pictures as codes and latents."""
+        self._examples()
+        self._pictures()
+
+    def decoder(self) -> None:
+        """The decoder, first on random codes, then on pictures; and the prior."""
+        trained = self._decoder()
+        export.write_prior(self.out, trained.prior)
+        export.write_decoder(self.out / "decoder", trained.transformer)
+
+    def turbo(self) -> None:
+        """The turbo decoder, from the full one."""
+        trained = self._decoder()
+        codes, latents = self._pictures()
+        torch.manual_seed(SEED)
+        turbo = decoder.Turbo(trained)
+        turbo = self._train("turbo", turbo, turbo.losses(codes, latents), decoder.TURBO)
+        export.write_decoder(self.out / "decoder-turbo", turbo.student.transformer)
+
+    def backbone(self) -> None:
+        """The backbone."""
+        curriculum = backbone.Curriculum(Tokens(Checkpoint(self.out)), self._examples())
+        torch.manual_seed(SEED)
+        learner = backbone.Learner()
+        learner = self._train("backbone", learner, backbone.losses(learner, curriculum), backbone.SCHEDULE)
+        export.write_backbone(self.out, learner.network)
+
+    def _train(self, name: str, module: torch.nn.Module, losses, schedule) -> torch.nn.Module:
+        return train(name, module, losses, schedule, self.work, lambda line: print(line, flush=True))
+
+    def _tokenizer(self) -> tokenizer.Tokenizer:
+        torch.manual_seed(SEED)
+        module = tokenizer.Tokenizer()
+        return export.rounded(self._train("tokenizer", module, module.losses, tokenizer.SCHEDULE))
+
+    def _vae(self) -> tuple[vae.Autoencoder, float, float]:
+        torch.manual_seed(SEED)
+        module = vae.Autoencoder()
+        module = self._train("vae-half", module, module.half_losses, vae.HALF)
+        module.requires_grad_(True)
+        module = export.rounded(self._train("vae-whole", module, module.whole_losses, vae.WHOLE))
+        mean, deviation = module.measure()
+        return module, 1 / deviation, mean
+
+    def _decoder(self) -> decoder.FlowDecoder:
+        torch.manual_seed(SEED)
+        module = decoder.FlowDecoder()
+        self._train("decoder-positions", module, module.position_losses, decoder.POSITIONS)
+        module.requires_grad_(True)
+        return self._train("decoder", module, decoder.picture_losses(module, *self._pictures()), decoder.PICTURES)
+
+    def _examples(self) -> list[backbone.Example]:
+        return data.examples(self.work, self._tokenizer(), print)
+
+    def _pictures(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return data.codes(self.work, self._tokenizer(), print), data.latents(self.work, *self._vae(), print)
+
+
+if __name__ == "__main__":
+    main()

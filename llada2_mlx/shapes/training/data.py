@@ -1,0 +1,99 @@
+"""What the later stages learn from: pictures as codes and latents, made once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from ...files import replacing
+from ..grammar import Change, Edit, edit
+from ..world import Scene, draw_array, held_out, scenes
+from .backbone import Example
+from .loop import images_to_tensor
+from .tokenizer import SMALL, Tokenizer
+from .vae import Autoencoder
+
+EXAMPLES = 16000  # for the backbone
+PICTURES = 5000  # for the decoder
+BATCH = 50
+
+
+def examples(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> list[Example]:
+    """The backbone's examples; their codes are kept in ``folder``."""
+    told = list(islice(_pairs(), EXAMPLES))
+
+    def encode(start: int) -> dict[str, torch.Tensor]:
+        part = told[start : start + BATCH]
+        before, after = (
+            images_to_tensor(draw_array(scene) for scene in scenes_)
+            for scenes_ in ([scene for scene, _ in part], [made.result for _, made in part])
+        )
+        codes = {"small": halved(before), "large": before, "changed": halved(after)}
+        return {name: tokenizer.encode(pixels).short() for name, pixels in codes.items()}
+
+    made_codes = _made(folder / "examples.pt", EXAMPLES, encode, say)
+    return [
+        Example(scene, small, large, made.change, made.instruction, changed)
+        for (scene, made), small, large, changed in zip(
+            told, *(made_codes[name].tolist() for name in ("small", "large", "changed")), strict=True
+        )
+    ]
+
+
+def latents(folder: Path, vae: Autoencoder, scale: float, shift: float, say: Callable[[str], None]) -> torch.Tensor:
+    """Latents [pictures, 16, 32, 32] of the decoder's pictures, kept in ``folder``."""
+    told = list(islice(scenes("decoder"), PICTURES))
+
+    def encode(start: int) -> dict[str, torch.Tensor]:
+        pixels = images_to_tensor(draw_array(scene) for scene in told[start : start + BATCH])
+        means = torch.cat([vae.model.encode(picture).latent_dist.mean for picture in pixels.split(5)])
+        return {"latents": ((means - shift) * scale).half()}
+
+    return _made(folder / "latents.pt", PICTURES, encode, say)["latents"]
+
+
+def codes(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> torch.Tensor:
+    """Codes [pictures, 8, 8] of the same pictures, kept in ``folder``."""
+    told = list(islice(scenes("decoder"), PICTURES))
+
+    def encode(start: int) -> dict[str, torch.Tensor]:
+        pixels = images_to_tensor(draw_array(scene) for scene in told[start : start + BATCH])
+        return {"codes": tokenizer.encode(halved(pixels)).short()}
+
+    return _made(folder / "codes.pt", PICTURES, encode, say)["codes"]
+
+
+def halved(pixels: torch.Tensor) -> torch.Tensor:
+    """Pictures in the size in which the tokenizer sees what is drawn and edited."""
+    return F.interpolate(pixels, (SMALL, SMALL), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def _pairs() -> Iterator[tuple[Scene, Edit]]:
+    """Scenes with an edit each, none of them held out, before or after."""
+    rng = random.Random("edits")
+    for scene in scenes("backbone", test=False):
+        made = None
+        while made is None or held_out(made.result):
+            made = edit(scene, rng.choice(list(Change)), rng)
+        yield scene, made
+
+
+def _made(
+    path: Path, count: int, make: Callable[[int], dict[str, torch.Tensor]], say: Callable[[str], None]
+) -> dict[str, torch.Tensor]:
+    """The tensors of ``path``, made batch by batch if it is not there."""
+    if not path.exists():
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, count, BATCH):
+                parts.append(make(start))
+                if start % (BATCH * 40) == 0:
+                    say(f"{path.stem} {start}/{count}")
+        with replacing(path) as partial:
+            torch.save({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, partial)
+    return torch.load(path, weights_only=True)
