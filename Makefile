@@ -6,13 +6,21 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test shapes evaluate lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/llada2-mlx demo demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# Trains a small model on Shapes from scratch, into build/shapes; stopped anywhere, the next call goes on.
+shapes: $(VENV)/.ready
+	$(BIN)/python -m llada2_mlx.shapes.training
+
+# The table of what that model can do.
+evaluate: $(VENV)/.ready
+	$(BIN)/python -m llada2_mlx.shapes.measures --model build/shapes/checkpoint
 
 lint: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet ruff

@@ -16,12 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from .config import BackboneConfig
 from .errors import CheckpointError
+from .sizes import ImageSizes
 
 HUB_MODEL = "inclusionAI/LLaDA2.0-Uni"
 BUILT_IN = Path(__file__).parent / "builtin"
-
-# The side of a square picture, in pixels, that a checkpoint draws when it does not state its own.
-DEFAULT_IMAGE_SIZE = 1024
 
 
 class Part(Enum):
@@ -115,16 +113,19 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{self.root}: {error}") from None
 
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the square picture that this model was made to draw.
+    @cached_property
+    def image_sizes(self) -> ImageSizes:
+        """What sizes of picture the model was made for; nothing stated where there is no ``config.json``.
 
-        A checkpoint states it as ``image_size`` in its ``config.json``; the published one states nothing.
+        Raises:
+            CheckpointError: what is stated cannot be used.
         """
-        size = self.json("config.json").get("image_size", DEFAULT_IMAGE_SIZE)
-        if not isinstance(size, int) or size <= 0:
-            raise CheckpointError(f"{self.root / 'config.json'} has image_size = {size!r}; pixels are needed.")
-        return size
+        if not (self.root / "config.json").exists():  # a part that was downloaded alone
+            return ImageSizes()
+        try:
+            return ImageSizes.from_dict(self.json("config.json").get("image_sizes", {}))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.root}: {error}") from None
 
     def backbone_tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the backbone, from the headers of the files that the index names (or of the one file)."""

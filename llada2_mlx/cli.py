@@ -16,6 +16,7 @@ from .checkpoint import BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
 from .progress import Progress
+from .sizes import DEFAULT_DRAWING
 from .vq import VQGrid
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def t2i(a: argparse.Namespace) -> None:
     with _Bars() as on_step:
         guided = {"guidance": a.guidance, "rescale": a.rescale, "sampling": sampling}
         drawing = tasks.text_to_vq(backbone, a.prompt, **size, **guided, on_step=on_step)
+    _warn(checkpoint, "drawing", drawing.grid, tasks.PIXELS_PER_CODE)
     if a.codes:
         drawing.grid.save(a.codes)
     backbone.unload()  # makes room for the decoder
@@ -123,7 +125,8 @@ def info(a: argparse.Namespace) -> None:
     if not checkpoint.missing(Part.BACKBONE):
         backbone = _backbone(a, checkpoint)
         print(f"weights: {backbone.size / 1e9:.2f} GB in {backbone.dtype}".replace("mlx.core.", ""))
-        print(f"draws: {checkpoint.image_size} x {checkpoint.image_size} pixels unless told otherwise")
+        side = checkpoint.image_sizes.drawing or DEFAULT_DRAWING
+        print(f"draws: {side} x {side} pixels unless told otherwise")
         print(json.dumps(asdict(backbone.config), indent=1))
 
 
@@ -178,10 +181,17 @@ def _backbone(a: argparse.Namespace, checkpoint: Checkpoint) -> Backbone:
 
 def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str) -> VQGrid:
     from .imaging import load_part
-    from .imaging.prepare import Purpose
+    from .imaging.prepare import PATCH, Purpose
 
     image = _open(a.image)
-    return load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a)).encode(image, Purpose(PURPOSES[purpose]))
+    grid = load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a)).encode(image, Purpose(PURPOSES[purpose]), a.size)
+    _warn(checkpoint, "understanding" if purpose == "understand" else "editing", grid, PATCH)
+    return grid
+
+
+def _warn(checkpoint: Checkpoint, use: str, grid: VQGrid, pixels: int) -> None:
+    if doubt := checkpoint.image_sizes.doubt(use, grid.width * pixels, grid.height * pixels):
+        print(f"llada2-mlx: warning: {doubt}", file=sys.stderr)
 
 
 def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options: DecodeOptions) -> None:
@@ -319,6 +329,14 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(command=command)
         return subparser
 
+    encoding = argparse.ArgumentParser(add_help=False)
+    encoding.add_argument(
+        "--size",
+        type=int,
+        default=0,
+        help="side in pixels of a square about as large as the encoded picture; 0: the model's own",
+    )
+
     p = add(t2i, sampling, guided, decoding)
     p.add_argument("prompt")
     p.add_argument("--width", type=int, default=0, help="pixels; 0: the model's own")
@@ -326,13 +344,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--guidance", type=float, default=2.0, help="1: none")
     p.add_argument("--codes", help="also write the codes to this .safetensors file")
 
-    p = add(understand, sampling)
+    p = add(understand, sampling, encoding)
     p.add_argument("image")
     p.add_argument("question")
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048)
 
-    p = add(edit, sampling, guided, decoding)
+    p = add(edit, sampling, guided, decoding, encoding)
     p.add_argument("image")
     p.add_argument("instruction")
     p.add_argument("--guidance", type=float, default=4.0, help="of the text")
@@ -341,7 +359,7 @@ def _parser() -> argparse.ArgumentParser:
         "--published-crop", action="store_true", help="crop the middle of the picture without scaling it first"
     )
 
-    p = add(encode)
+    p = add(encode, encoding)
     p.add_argument("image")
     p.add_argument("-o", "--output", default="codes.safetensors")
     p.add_argument("--purpose", choices=PURPOSES, default="understand")

@@ -11,6 +11,7 @@ from .diffusion import Method, Report, Sampling, Vocabulary, check_length, gener
 from .errors import RequestError
 from .guidance import Guidance
 from .progress import OnStep, Progress, ignore
+from .sizes import DEFAULT_DRAWING
 from .vq import VQGrid
 
 # Pixels of the decoded picture per code: the tokenizer has 16, the decoder doubles.
@@ -133,7 +134,8 @@ def grid_size(backbone: Backbone, width: int, height: int) -> tuple[int, int]:
     Raises:
         RequestError: a side is no multiple of 32 pixels, or no size token exists for it.
     """
-    width, height = (side or backbone.checkpoint.image_size for side in (width, height))
+    own = backbone.checkpoint.image_sizes.drawing or DEFAULT_DRAWING
+    width, height = width or own, height or own
     if width % PIXELS_PER_CODE or height % PIXELS_PER_CODE or min(width, height) < 0:
         raise RequestError(
             f"The size is {width} x {height} pixels; both sides have to be multiples of {PIXELS_PER_CODE}."

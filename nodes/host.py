@@ -190,6 +190,15 @@ def progress_text() -> Callable[..., None]:
     return show
 
 
+def warn(sentence: str | None) -> None:
+    """Show a warning on the running node, and write it to the log; None is no warning."""
+    if sentence is None:
+        return
+    logging.warning("ComfyUI-LLaDA2-MLX: %s", sentence)
+    if (context := get_executing_context()) is not None:
+        PromptServer.instance.send_progress_text(f"Warning: {sentence}", context.node_id)
+
+
 # --- memory -------------------------------------------------------------------------------------------------------
 
 

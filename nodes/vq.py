@@ -6,7 +6,7 @@ from ..llada2_mlx.checkpoint import Part
 from ..llada2_mlx.errors import RequestError
 from ..llada2_mlx.imaging.decoder import SOLVERS, VAE, DecodeOptions, Sampler, check_decode
 from ..llada2_mlx.imaging.pixels import to_images
-from ..llada2_mlx.imaging.prepare import Purpose, prepare
+from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, PATCH, UNIT, Purpose, own_side, prepare, require_side
 from . import host
 from .sockets import VQSocket, model_input, seed_input
 
@@ -32,7 +32,17 @@ class SigLIPVQEncode(io.ComfyNode):
                     default="understand",
                     tooltip="understand: the picture's own size, at most 800 x 800 pixels of area. "
                     "edit: scaled to cover the nearest size of about 512 x 512, then cropped. "
-                    "edit as published: cropped without scaling, so that a large photo loses all but its middle.",
+                    "edit as published: cropped without scaling, so that a large photo loses all but its middle. "
+                    "A model may state other sizes of its own.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=LARGEST_SIDE,
+                    step=UNIT,
+                    advanced=True,
+                    tooltip="Side in pixels of a square that is about as large as the encoded picture; 0 is the model's own size.",
                 ),
             ],
             outputs=[
@@ -43,8 +53,8 @@ class SigLIPVQEncode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str | None = None) -> bool | str:
-        return host.refusal((host.check_model, model, Part.IMAGE_TOKENIZER))
+    def validate_inputs(cls, model: str | None = None, size: int | None = None) -> bool | str:
+        return host.refusal((host.check_model, model, Part.IMAGE_TOKENIZER), (require_side, size))
 
     @classmethod
     def fingerprint_inputs(cls, model: str, **_) -> tuple:
@@ -52,8 +62,12 @@ class SigLIPVQEncode(io.ComfyNode):
 
     @classmethod
     @host.explains_imports
-    def execute(cls, image, model, purpose) -> io.NodeOutput:
-        prepared = [prepare(picture, Purpose(purpose)) for picture in to_images(image)]
+    def execute(cls, image, model, purpose, size) -> io.NodeOutput:
+        purpose, sizes = Purpose(purpose), host.checkpoint(model, Part.IMAGE_TOKENIZER).image_sizes
+        side = size or own_side(sizes, purpose)
+        prepared = [prepare(picture, purpose, side) for picture in to_images(image)]
+        use = "understanding" if purpose is Purpose.UNDERSTAND else "editing"
+        host.warn(sizes.doubt(use, *prepared[0].size))
         on_step = host.progress()
         return io.NodeOutput(
             host.image_part(model, Part.IMAGE_TOKENIZER).get(on_step).encode_prepared(prepared, on_step)
@@ -137,7 +151,10 @@ class ZImageDecode(io.ComfyNode):
     def execute(cls, vq, model, decoder, guidance, seed, upscale) -> io.NodeOutput:
         part, sampler = _part(decoder), Sampler(decoder.get("sampler", Sampler.ODE.value))
         options = DecodeOptions(decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"))
-        check_decode(host.checkpoint(model, part, Part.VAE), part, vq)
+        checkpoint = host.checkpoint(model, part, Part.VAE)
+        check_decode(checkpoint, part, vq)
+        pixels = (2 * PATCH * side for side in (vq[0].width, vq[0].height))
+        host.warn(checkpoint.image_sizes.doubt("drawing", *pixels))
         on_step = host.progress()
         latents = host.image_part(model, part).get(on_step).sample(vq, options, on_step)
         vae = host.image_part(model, Part.VAE).get(on_step, VAE.working_bytes(latents))

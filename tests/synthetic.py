@@ -1,30 +1,24 @@
-"""Complete checkpoints in the real layout, of any size, with random weights.
-
-``python tests/synthetic.py DIR`` writes the small one that the pack ships as its built-in default.
-"""
+"""Complete checkpoints in the real layout, of any size, with random weights."""
 
 from __future__ import annotations
 
+import atexit
 import json
-import sys
+import shutil
+import tempfile
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from mlx.utils import tree_flatten
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from llada2_mlx.config import BackboneConfig
 from llada2_mlx.model import LLaDA2
+from llada2_mlx.shapes.training.text import write_tokenizer
 from llada2_mlx.weights import published_names
-
-SPECIAL = (
-    "<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", "<|mask|>", "<|role_end|>", "<|image|>", "<|/image|>", "<boi>",
-    "<think>", "</think>", "<role>", "</role>",
-)  # fmt: skip
-SIZES = (*range(8, 36, 2), *range(36, 256))  # grid sides that have a token, as in the published vocabulary
 
 BACKBONE = BackboneConfig(
     vocab_size=512 + 256,
@@ -52,10 +46,10 @@ BACKBONE = BackboneConfig(
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the parts are. ``image_size`` is what the checkpoint states as its own, in pixels."""
+    """How large the parts are. ``drawing`` is what the checkpoint states as the size that it draws, in pixels."""
 
     backbone: BackboneConfig = BACKBONE
-    image_size: int = 256
+    drawing: int = 256
     vision_width: int = 32
     vision_layers: int = 1
     code_width: int = 16
@@ -65,8 +59,17 @@ class Sizes:
     vae_widths: tuple[int, ...] = (8, 8, 8, 8)
 
 
+@cache
+def tiny() -> Path:
+    """The folder of the smallest one; written once in a run of the tests, for reading only."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_checkpoint(folder / "tiny")
+
+
 def write_checkpoint(folder: Path, sizes: Sizes = Sizes(), seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a checkpoint with all its parts; returns ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         write_backbone(folder, sizes, dtype)
@@ -91,32 +94,10 @@ def write_backbone(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
         "model_type": "llada2_moe",
         "architectures": ["LLaDA2MoeModelLM"],
         "hidden_act": "silu",
-        "image_size": sizes.image_size,
+        "image_sizes": {"drawing": sizes.drawing},
     }
     write_json(folder / "config.json", published | asdict(config))
     write_tokenizer(folder, config.image_token_offset)
-
-
-def write_tokenizer(folder: Path, text_ids: int) -> None:
-    """One id a byte, then the special tokens and the size tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: number for number, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [*SPECIAL, *(f"<|reserved_token_{size}|>" for size in SIZES)]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    assert tokenizer.get_vocab_size() <= text_ids, "the text vocabulary is too small for the special tokens"
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    names = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "mask_token": "<|mask|>",
-    }
-    write_json(
-        folder / "tokenizer_config.json",
-        names | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False},
-    )
 
 
 def write_image_tokenizer(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
@@ -225,7 +206,3 @@ def save(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> No
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    write_checkpoint(Path(sys.argv[1]))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from pictures import noise
 from PIL import Image
+from synthetic import tiny
 
 from llada2_mlx import cli
 from llada2_mlx.vq import VQGrid
@@ -19,8 +20,9 @@ from llada2_mlx.vq import VQGrid
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command in an empty folder: exit status, stdout, stderr."""
+    """Run a command in an empty folder, with a tiny model as the default: exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "BUILT_IN", tiny())
 
     def command(*words: str) -> tuple[int, str, str]:
         status = cli.main(list(words))
@@ -170,3 +172,18 @@ def test_the_demo(run) -> None:
     assert status == 0
     assert {path.name for path in Path("demo").iterdir()} == {"picture.png", "edited.png"}
     assert "random weights" in out
+
+
+def test_a_size_that_a_model_was_not_made_for_is_warned_of(run) -> None:
+    status, _, err = run("t2i", "a cat", "--width", "512", "--height", "256", "--steps", "1", "--decoder-steps", "2")
+    assert status == 0 and "warning: This model was made for drawing at 256 x 256 pixels, and this is 512 x 256" in err
+
+
+def test_a_picture_is_encoded_at_the_size_that_is_asked_for(run) -> None:
+    noise(256, 256).save("picture.png")
+    words = ("encode", "picture.png", "-o", "codes.safetensors", "--purpose", "edit", "--size")
+    assert "VQGrid(8 x 8 codes" in run(*words, "128")[1]
+    assert "VQGrid(16 x 16 codes" in run(*words, "256")[1]
+    assert "VQGrid(32 x 32 codes" in run(*words, "0")[1]  # as published
+    status, _, err = run(*words, "100")
+    assert status == 1 and "The size is 100" in err

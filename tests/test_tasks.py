@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from synthetic import tiny
 
 from llada2_mlx import tasks
 from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import BUILT_IN, Checkpoint
+from llada2_mlx.checkpoint import Checkpoint
 from llada2_mlx.diffusion import Method, Sampling
 from llada2_mlx.errors import RequestError
 from llada2_mlx.vq import VQGrid
@@ -14,7 +15,7 @@ from llada2_mlx.vq import VQGrid
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return Backbone(Checkpoint(BUILT_IN))
+    return Backbone(Checkpoint(tiny()))
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +44,14 @@ def test_a_checkpoint_that_states_no_size_draws_at_1024(checkpoint: Checkpoint) 
     ],
 )
 def test_a_size_that_cannot_be_drawn_is_refused_before_anything_runs(size: tuple[int, int], message: str) -> None:
-    fresh = Backbone(Checkpoint(BUILT_IN))
+    fresh = Backbone(Checkpoint(tiny()))
     with pytest.raises(RequestError, match=message):
         tasks.text_to_vq(fresh, "a cat", *size)
     assert not fresh.loaded
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_anything_runs() -> None:
-    fresh = Backbone(Checkpoint(BUILT_IN))
+    fresh = Backbone(Checkpoint(tiny()))
     with pytest.raises(
         RequestError, match=r"too long: 10\d\d\d tokens of prompt and 64 to generate .* the model takes 8192"
     ):

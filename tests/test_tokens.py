@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from synthetic import tiny
 
 from llada2_mlx import prompts
 from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import BUILT_IN, Checkpoint
+from llada2_mlx.checkpoint import Checkpoint
 from llada2_mlx.errors import RequestError
 from llada2_mlx.tokens import Tokens
 from llada2_mlx.vq import VQGrid
@@ -14,7 +15,7 @@ from llada2_mlx.vq import VQGrid
 
 @pytest.fixture(scope="module")
 def tokens() -> Tokens:
-    return Backbone(Checkpoint(BUILT_IN)).tokens
+    return Backbone(Checkpoint(tiny())).tokens
 
 
 def test_the_sizes_that_have_a_token(tokens: Tokens) -> None:
@@ -48,7 +49,7 @@ def test_special_tokens_and_codes_are_no_text(tokens: Tokens) -> None:
 
 def test_a_grid_of_another_model_is_refused(tokens: Tokens) -> None:
     grid = VQGrid.from_list([0] * 64, 8, 8, tokens.codebook_size * 2)
-    with pytest.raises(RequestError, match="codebook of 512, the model builtin has 256"):
+    with pytest.raises(RequestError, match="codebook of 512, the model tiny has 256"):
         prompts.understand(tokens, grid, "what?")
     with pytest.raises(RequestError, match="codebook"):
         prompts.edit(tokens, grid, "blue")

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import RequestError
+from ..sizes import ImageSizes
 
 PATCH = 16  # pixels a code
 UNIT = 32  # sides are multiples of this, so that grid sides are even
@@ -17,6 +18,7 @@ SEVERAL_LARGEST = 448**2  # of each, where several pictures are understood toget
 EDIT_UNITS = 256  # an edited picture has about this many UNIT x UNIT squares
 EDIT_ASPECT = 4  # and sides within 4:1
 GRID_SIDES = (8, 255)  # the smallest and the largest grid side that can have a size token
+SMALLEST_SIDE, LARGEST_SIDE = 8 * PATCH, 254 * PATCH
 
 
 class Purpose(Enum):
@@ -28,20 +30,41 @@ class Purpose(Enum):
     EDIT_PUBLISHED = "edit as published"
 
 
-def prepare(image: Image.Image, purpose: Purpose) -> Image.Image:
+def prepare(image: Image.Image, purpose: Purpose, side: int = 0) -> Image.Image:
     """The picture in a size that the tokenizer takes and the backbone can be told, RGB.
 
+    Args:
+        side: the picture shall have about the area of a square with this side, in pixels; 0 is the published rule.
+
     Raises:
-        RequestError: the picture is empty, or so thin that its grid has no size token.
+        RequestError: the picture is empty, or so thin that its grid has no size token; or the side cannot be used.
     """
+    require_side(side)
     _check_pixels(image)
-    _check_grid(image, target_size(image, purpose), purpose)  # before a thin picture is made enormous
-    prepared = fit(image, purpose)
+    _check_grid(image, target_size(image, purpose, side), purpose)  # before a thin picture is made enormous
+    prepared = fit(image, purpose, side)
     _check_grid(image, prepared.size, purpose)
     return prepared
 
 
-def fit(image: Image.Image, purpose: Purpose) -> Image.Image:
+def own_side(sizes: ImageSizes, purpose: Purpose) -> int:
+    """The side that a model states for a purpose; 0 where it states none."""
+    return sizes.understanding if purpose in (Purpose.UNDERSTAND, Purpose.UNDERSTAND_SEVERAL) else sizes.editing
+
+
+def require_side(side: int) -> None:
+    """Check a side that a person gives.
+
+    Raises:
+        RequestError: it is neither 0 nor a multiple of 32 from 128 to 4064 pixels.
+    """
+    if side not in (0, *range(SMALLEST_SIDE, LARGEST_SIDE + 1, UNIT)):
+        raise RequestError(
+            f"The size is {side}; it has to be 0 (the model's own) or a multiple of {UNIT} from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels."
+        )
+
+
+def fit(image: Image.Image, purpose: Purpose, side: int = 0) -> Image.Image:
     """The picture in its target size, however thin, RGB.
 
     Understanding scales it to cover its target and crops the middle, as published. Editing does the same; "as
@@ -52,7 +75,7 @@ def fit(image: Image.Image, purpose: Purpose) -> Image.Image:
         RequestError: the picture is empty.
     """
     image = to_rgb(image)
-    target = target_size(image, purpose)
+    target = target_size(image, purpose, side)
     if purpose is Purpose.EDIT:
         return ImageOps.fit(image, target, Image.Resampling.BICUBIC)
     if purpose is Purpose.EDIT_PUBLISHED:
@@ -64,13 +87,15 @@ def fit(image: Image.Image, purpose: Purpose) -> Image.Image:
     )
 
 
-def target_size(image: Image.Image, purpose: Purpose) -> tuple[int, int]:
-    """Width and height to bring a picture to: about its own, or one of a fixed set of about 512 x 512 to edit it."""
-    if purpose is Purpose.UNDERSTAND:
-        return understand_size(*image.size)
-    if purpose is Purpose.UNDERSTAND_SEVERAL:
-        return understand_size(*image.size, SEVERAL_LARGEST)
-    return edit_size(*image.size)
+def target_size(image: Image.Image, purpose: Purpose, side: int = 0) -> tuple[int, int]:
+    """Width and height to bring a picture to: about its own, or one of a fixed set of about 512 x 512 to edit it.
+
+    Where a side is given, both are about as large as a square with this side.
+    """
+    if purpose in (Purpose.UNDERSTAND, Purpose.UNDERSTAND_SEVERAL):
+        largest = UNDERSTAND_LARGEST if purpose is Purpose.UNDERSTAND else SEVERAL_LARGEST
+        return understand_size(*image.size, side**2 or largest, side**2 or UNDERSTAND_SMALLEST)
+    return edit_size(*image.size, (side // UNIT) ** 2 or EDIT_UNITS)
 
 
 def _check_pixels(image: Image.Image) -> None:
@@ -108,37 +133,39 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def understand_size(width: int, height: int, largest: int = UNDERSTAND_LARGEST) -> tuple[int, int]:
+def understand_size(
+    width: int, height: int, largest: int = UNDERSTAND_LARGEST, smallest: int = UNDERSTAND_SMALLEST
+) -> tuple[int, int]:
     """Width and height to understand a picture at: multiples of 32 near its own, its area kept in bounds."""
     target = [max(UNIT, UNIT * round(side / UNIT)) for side in (width, height)]
     area = target[0] * target[1]
     if area > largest:
         scale = math.sqrt(largest / (width * height))
         target = [max(UNIT, UNIT * math.floor(side * scale / UNIT)) for side in (width, height)]
-    elif area < UNDERSTAND_SMALLEST:
-        scale = math.sqrt(UNDERSTAND_SMALLEST / (width * height))
+    elif area < smallest:
+        scale = math.sqrt(smallest / (width * height))
         target = [UNIT * math.ceil(side * scale / UNIT) for side in (width, height)]
     return target[0], target[1]
 
 
-def edit_size(width: int, height: int) -> tuple[int, int]:
+def edit_size(width: int, height: int, units: int = EDIT_UNITS) -> tuple[int, int]:
     """Width and height to edit a picture at: of the allowed sizes the one nearest to its shape."""
 
     def fit(size: tuple[int, int]) -> tuple[float, int, int]:
         ratios = size[0] / width, size[1] / height
         return min(ratios) / max(ratios), *size
 
-    return max(_edit_sizes(), key=fit)
+    return max(_edit_sizes(units), key=fit)
 
 
-def _edit_sizes() -> list[tuple[int, int]]:
-    """Sizes ``32 a x 32 b`` with ``a b <= 256 < (a + 1) (b + 1)`` and sides within 4:1."""
-    sides = range(1, EDIT_UNITS + 1)
+def _edit_sizes(units: int) -> list[tuple[int, int]]:
+    """Sizes ``32 a x 32 b`` with ``a b <= units < (a + 1) (b + 1)`` and sides within 4:1 that have size tokens."""
+    sides = range(SMALLEST_SIDE // UNIT, units + 1)
     return [
         (UNIT * a, UNIT * b)
         for a in sides
         for b in sides
-        if a * b <= EDIT_UNITS < (a + 1) * (b + 1) and max(a, b) <= EDIT_ASPECT * min(a, b)
+        if a * b <= units < (a + 1) * (b + 1) and max(a, b) <= EDIT_ASPECT * min(a, b)
     ]
 
 

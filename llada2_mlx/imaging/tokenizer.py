@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid
 from .device import build, default_device, load_module, read_tensors
-from .prepare import PATCH, Purpose, prepare
+from .prepare import PATCH, Purpose, own_side, prepare
 
 
 class ImageTokenizer:
@@ -34,6 +34,7 @@ class ImageTokenizer:
         from transformers import GlmImageVisionConfig, GlmImageVisionModel, GlmImageVQVAE, GlmImageVQVAEConfig
 
         checkpoint.require(Part.IMAGE_TOKENIZER)
+        self.image_sizes = checkpoint.image_sizes
         name = "image_tokenizer/config.json"
         config = checkpoint.json(name)
         vision, quantiser = (config.get(key) for key in ("vision_config", "vq_config"))
@@ -62,13 +63,16 @@ class ImageTokenizer:
             load_module(module, own, path)
         self.vision.embeddings = _PositionsOnCPU(self.vision.embeddings)
 
-    def encode(self, image: Image.Image, purpose: Purpose) -> VQGrid:
+    def encode(self, image: Image.Image, purpose: Purpose, side: int = 0) -> VQGrid:
         """Prepare a picture of any mode and size, and encode it.
+
+        Args:
+            side: as for ``prepare``; 0 is what the model states, if it states anything.
 
         Raises:
             RequestError: the picture is empty or too thin.
         """
-        return self.encode_prepared([prepare(image, purpose)])[0]
+        return self.encode_prepared([prepare(image, purpose, side or own_side(self.image_sizes, purpose))])[0]
 
     def encode_prepared(self, images: Sequence[Image.Image], on_step: OnStep = ignore) -> tuple[VQGrid, ...]:
         """Encode RGB pictures whose sides are multiples of the patch size (16 px), one after the other: one code a patch."""

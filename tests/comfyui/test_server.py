@@ -241,6 +241,7 @@ def test_a_bad_size_is_refused_when_queueing(comfy: Comfy, side: int) -> None:
         ("text_to_image", "2", {"prompt": "  "}, "The prompt is empty."),
         ("ask_about_a_picture", "5", {"question": ""}, "The question is empty."),
         ("edit_a_picture", "5", {"instruction": "\n"}, "The instruction is empty."),
+        ("ask_about_a_picture", "4", {"size": 100}, "The size is 100"),
         ("text_to_image", "1", {"model": "gone"}, "There is no model 'gone'. There are: Built-in"),
         ("text_to_image", "1", {"model": "empty"}, "has no complete backbone"),
         ("text_to_image", "3", {"model": "partial"}, "has no complete turbo decoder: decoder-turbo/config.json"),
@@ -278,6 +279,13 @@ def test_a_size_without_a_token_is_refused_before_any_step(comfy: Comfy) -> None
     run = comfy.run(workflow("text_to_image", **{"1": {"model": "golden"}, "2": {"width": 2112, "height": 256}}))
     assert "A grid of 8 x 66 codes (height x width) has no size tokens in the model golden" in failed(run, "2")
     assert not [event for event in run.progress if event["node"] == "2"]
+
+
+def test_a_size_that_the_model_was_not_made_for_is_warned_of(comfy: Comfy, unique: str) -> None:
+    asked = {"2": {"prompt": unique, "width": 512, "steps": 1}, "3": {"decoder.steps": 2}}
+    run = ran(comfy.run(workflow("text_to_image", **asked)))
+    for node in ("2", "3"):
+        assert any("made for drawing at 256 x 256" in text for name, text in run.texts if name == node)
 
 
 def test_linked_text_is_checked_first_thing_in_the_run(comfy: Comfy) -> None:

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from synthetic import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llada2_mlx.checkpoint import BUILT_IN, Checkpoint, Part
+from llada2_mlx.checkpoint import Checkpoint, Part
 from llada2_mlx.errors import RequestError
 from llada2_mlx.imaging import decoder as module
 from llada2_mlx.imaging.decoder import (
@@ -31,7 +32,7 @@ OPTIONS = DecodeOptions(steps=3, upscale=1)
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    return Decoder(Checkpoint(BUILT_IN), Part.DECODER_TURBO, CPU)
+    return Decoder(Checkpoint(tiny()), Part.DECODER_TURBO, CPU)
 
 
 def grid(seed: int = 0, codes: int = 256) -> VQGrid:
@@ -55,7 +56,7 @@ def test_a_picture_of_a_batch_is_what_it_is_alone(decoder: Decoder) -> None:
 @pytest.mark.parametrize("upscale", [1, 2])
 def test_the_size_of_the_picture(decoder: Decoder, upscale: int) -> None:
     latents = decoder.sample([grid(), grid()], replace(OPTIONS, upscale=upscale))
-    pixels = VAE(Checkpoint(BUILT_IN), CPU).decode(latents)
+    pixels = VAE(Checkpoint(tiny()), CPU).decode(latents)
     assert pixels.shape == (2, 128 * upscale, 160 * upscale, 3)
     assert pixels.dtype == torch.float32 and 0 <= pixels.min() < pixels.max() <= 1
 
@@ -121,7 +122,7 @@ def test_a_step_that_raises_ends_the_work(decoder: Decoder) -> None:
 
 def test_a_grid_of_another_model_is_refused_before_any_step(decoder: Decoder) -> None:
     calls = []
-    with pytest.raises(RequestError, match="a model with 128 codes; the decoder of builtin knows 256"):
+    with pytest.raises(RequestError, match="a model with 128 codes; the decoder of tiny knows 256"):
         decoder.sample([grid(), grid(codes=128)], OPTIONS, calls.append)
     assert not calls
 

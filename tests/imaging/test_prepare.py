@@ -10,7 +10,8 @@ from PIL import Image
 
 from llada2_mlx.errors import RequestError
 from llada2_mlx.imaging.pixels import to_images
-from llada2_mlx.imaging.prepare import Purpose, centre_crop, edit_size, prepare, to_rgb, understand_size
+from llada2_mlx.imaging.prepare import Purpose, centre_crop, edit_size, own_side, prepare, to_rgb, understand_size
+from llada2_mlx.sizes import ImageSizes
 
 
 @pytest.mark.parametrize(
@@ -128,3 +129,32 @@ def test_tensors_become_pictures() -> None:
 def test_tensors_that_are_no_pictures(shape: tuple[int, ...]) -> None:
     with pytest.raises(RequestError, match="cannot be used"):
         to_images(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("size", "purpose", "side", "expected"),
+    [
+        ((256, 256), Purpose.UNDERSTAND, 256, (256, 256)),
+        ((100, 100), Purpose.UNDERSTAND, 256, (256, 256)),
+        ((1024, 768), Purpose.UNDERSTAND, 256, (288, 192)),
+        ((1024, 768), Purpose.EDIT, 256, (288, 224)),
+        ((1024, 768), Purpose.EDIT, 128, (128, 128)),  # the only one whose sides have size tokens
+        ((300, 280), Purpose.EDIT_PUBLISHED, 128, (128, 128)),
+    ],
+)
+def test_a_picture_is_brought_to_about_the_area_of_a_square(size, purpose: Purpose, side: int, expected) -> None:
+    assert prepare(noise(*size), purpose, side).size == expected
+
+
+@pytest.mark.parametrize("side", [-32, 96, 100, 4096])
+def test_a_side_that_cannot_be(side: int) -> None:
+    with pytest.raises(RequestError, match=f"The size is {side}"):
+        prepare(noise(256, 256), Purpose.EDIT, side)
+
+
+def test_a_model_states_its_own_sides() -> None:
+    sizes = ImageSizes(drawing=256, understanding=320, editing=128)
+    assert [own_side(sizes, purpose) for purpose in Purpose] == [320, 320, 128, 128]
+    assert own_side(ImageSizes(), Purpose.EDIT) == 0
+    assert sizes.doubt("editing", 128, 128) is None and ImageSizes().doubt("editing", 999, 1) is None
+    assert "made for editing at 128 x 128 pixels, and this is 256 x 256" in sizes.doubt("editing", 256, 256)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from pictures import noise
 from PIL import Image
+from synthetic import tiny
 
-from llada2_mlx.checkpoint import BUILT_IN, Checkpoint
+from llada2_mlx.checkpoint import Checkpoint
 from llada2_mlx.errors import RequestError
 from llada2_mlx.imaging.prepare import Purpose, prepare
 from llada2_mlx.imaging.tokenizer import ImageTokenizer
@@ -15,7 +16,7 @@ from llada2_mlx.imaging.tokenizer import ImageTokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer() -> ImageTokenizer:
-    return ImageTokenizer(Checkpoint(BUILT_IN), torch.device("cpu"))
+    return ImageTokenizer(Checkpoint(tiny()), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("size", "rows", "columns"), [((1, 1), 8, 8), ((300, 200), 12, 18), ((160, 480), 30, 10)])

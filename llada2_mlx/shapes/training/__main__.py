@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoint import BUILT_IN, Checkpoint
+from ...checkpoint import Checkpoint
 from ...tokens import Tokens
 from . import backbone, data, decoder, export, tokenizer, vae
 from .loop import train
@@ -22,7 +22,7 @@ def main() -> None:
     """Run the stages; what is done already is only read."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="where states and data are kept")
-    parser.add_argument("--out", type=Path, default=BUILT_IN, help="the checkpoint to write")
+    parser.add_argument("--out", type=Path, default=Path("build/shapes/checkpoint"), help="the checkpoint to write")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES, help="all if left out")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -85,6 +85,7 @@ class Training:
         curriculum = backbone.Curriculum(Tokens(Checkpoint(self.out)), self._examples())
         torch.manual_seed(SEED)
         learner = backbone.Learner()
+        learner.begin_with(self._tokenizer().book(backbone.CONFIG.hidden_size))
         learner = self._train("backbone", learner, backbone.losses(learner, curriculum), backbone.SCHEDULE)
         export.write_backbone(self.out, learner.network)
 
@@ -110,6 +111,7 @@ class Training:
         module = decoder.FlowDecoder()
         self._train("decoder-positions", module, module.position_losses, decoder.POSITIONS)
         module.requires_grad_(True)
+        module.begin_with(self._tokenizer().book(decoder.FEATURES))
         return self._train("decoder", module, decoder.picture_losses(module, *self._pictures()), decoder.PICTURES)
 
     def _examples(self) -> list[backbone.Example]:

@@ -53,7 +53,7 @@ CONFIG = BackboneConfig(
     image_token_offset=TEXT_IDS,
 )
 BLOCK = 32
-SCHEDULE = Schedule(steps=2200, rate=2e-3, warmup=150, average=0.997)
+SCHEDULE = Schedule(steps=6000, rate=2e-3, warmup=150, average=0.998)
 BATCHES = {"draw": 20, "edit": 14, "ask": 8, "ask small": 16}  # pictures, each with QUESTIONS where it is asked about
 TURNS = ("draw", "edit", "draw", "ask", "draw", "edit", "ask small", "draw", "edit", "ask")
 QUESTIONS = 5
@@ -226,6 +226,13 @@ class Learner(nn.Module):
         super().__init__()
         self.network = Network(config)
         self.placed = nn.Linear(config.hidden_size, 2 * SIDES)
+
+    @torch.no_grad()
+    def begin_with(self, book: torch.Tensor) -> None:
+        """Let the embeddings and head rows of the codes begin near to what the tokenizer knows of them."""
+        offset = self.network.config.image_token_offset
+        for weight in (self.network.model.word_embeddings.weight, self.network.lm_head.weight):
+            weight[offset:] = weight.std() * book + 0.2 * weight[offset:]
 
     def losses(self, task: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Cross entropy of the masked tokens, and the two additional losses."""

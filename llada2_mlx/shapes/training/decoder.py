@@ -38,8 +38,8 @@ GUIDED_LAYERS = (1, 2)
 SHIFT = 6.0  # of the time grid when decoding
 DROPPED = 0.1  # share of pictures whose features are dropped, for guidance
 POSITIONS = Schedule(steps=400, rate=2e-3, warmup=50)
-PICTURES = Schedule(steps=2400, rate=1.5e-3, warmup=50, average=0.997)
-TURBO = Schedule(steps=300, rate=3e-4, warmup=20, average=0.98)
+PICTURES = Schedule(steps=4000, rate=1.5e-3, warmup=50, average=0.997)
+TURBO = Schedule(steps=200, rate=3e-4, warmup=20, average=0.98)
 TURBO_STEPS = 8
 BATCH = 8
 
@@ -60,6 +60,11 @@ class FlowDecoder(nn.Module):
         self.looks = [_Look() for _ in GUIDED_LAYERS]
         for layer, look in zip(GUIDED_LAYERS, self.looks, strict=True):
             self.transformer.layers[layer].attention.set_processor(look)
+
+    @torch.no_grad()
+    def begin_with(self, book: torch.Tensor) -> None:
+        """Let the prior's embeddings begin with what the tokenizer knows of the codes."""
+        self.prior.prior_token_embedding.weight.copy_(book)
 
     def velocity(self, latents: torch.Tensor, times: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """[batch, 16, height, width], [batch], [batch, patches, FEATURES] -> the predicted velocity."""

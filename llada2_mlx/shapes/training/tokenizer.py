@@ -125,6 +125,15 @@ class Tokenizer(nn.Module):
         """[batch, 3, height, width] in -1 .. 1 -> codes [batch, rows, columns]."""
         return self.codes(self.features(pixels))
 
+    def book(self, width: int) -> torch.Tensor:
+        """The codes' vectors turned into a wider space, [CODES, width], of variance 1.
+
+        Codes of one colour and kind are near to each other in it. Who learns of codes and begins with it has less to
+        find out, and knows something of codes that he seldom sees.
+        """
+        turn = torch.linalg.qr(torch.randn(width, CODE_WIDTH, generator=torch.Generator().manual_seed(width))).Q
+        return F.normalize(self.quantiser.quantize.embedding.weight, dim=-1) @ turn.T * width**0.5
+
     def losses(self, step: int, rng: random.Random) -> dict[str, torch.Tensor]:
         """One batch of pictures in both sizes."""
         told: dict[str, torch.Tensor] = {}
