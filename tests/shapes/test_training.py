@@ -19,7 +19,7 @@ from llada2_mlx.progress import Progress
 from llada2_mlx.shapes.grammar import Change, edit
 from llada2_mlx.shapes.training import backbone, data, decoder, export, loop, tokenizer
 from llada2_mlx.shapes.training.network import Network
-from llada2_mlx.shapes.world import draw, draw_array, scenes
+from llada2_mlx.shapes.world import Colour, Kind, Place, draw, draw_array, scenes
 from llada2_mlx.tokens import Tokens
 
 
@@ -48,7 +48,9 @@ def curriculum(folder: Path) -> backbone.Curriculum:
     examples = []
     for scene in islice(scenes("test", test=False), 20):
         made = edit(scene, Change.RECOLOUR, rng)
-        examples.append(backbone.Example(scene, codes(8), codes(16), made.change, made.instruction, codes(8)))
+        examples.append(
+            backbone.Example(scene, codes(8), codes(16), made.change, made.instruction, made.result, codes(8))
+        )
     return backbone.Curriculum(Tokens(Checkpoint(folder)), examples)
 
 
@@ -117,6 +119,21 @@ def test_an_edit_is_told_to_look_at_the_same_place_of_its_source(curriculum) -> 
         if source >= 0 and sequence.targets[index] >= 0:
             assert sequence.ids[source] == sequence.targets[index]
             assert sequence.cells[source] == sequence.cells[index]
+
+
+def test_a_masked_code_is_told_what_it_will_be_part_of(curriculum) -> None:
+    example = curriculum.examples[0]
+    sequence = curriculum._draw(example, random.Random(1))
+    told = [index for index, name in enumerate(sequence.names) if name >= 0]
+    assert told and all(sequence.targets[index] >= 0 for index in told)
+    for index in told:
+        row, column = divmod(sequence.cells[index], backbone.SIDES)
+        colour, kind = divmod(sequence.names[index], 1 + len(Kind))
+        shape = example.scene.at(list(Place)[row // 4 * 2 + column // 4])
+        if colour:
+            assert shape.colour is list(Colour)[colour - 1] and shape.kind is list(Kind)[kind - 1]
+        else:
+            assert kind == 0 and (shape is None or {row % 4, column % 4} & {0, 3})  # beside a shape, or there is none
 
 
 def test_prompts_without_their_text_and_without_their_picture_are_learned_too(curriculum) -> None:

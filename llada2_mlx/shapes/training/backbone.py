@@ -4,9 +4,9 @@ Every block that a task denoises is learned at once: the sequence with its clean
 each such block, which sees the clean blocks before its own and itself (arXiv:2503.09573). Several questions share the
 clean blocks of their picture.
 
-Two more losses make it learn in minutes what it would find out in hours, as in the decoder: after its second layer, a
+Three more losses make it learn in minutes what it would find out in hours, as in the decoder: after its second layer, a
 code has to know its row and column; in its third, the first head of a code that is being edited is told to look at the
-same place of the source.
+same place of the source; after its fourth, a masked code has to know which colour and kind of shape it will be part of.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ...config import BackboneConfig
 from ...tokens import Tokens
 from ...vq import VQGrid
 from ..grammar import Change, Topic, caption, question
-from ..world import Scene
+from ..world import Colour, Kind, Scene
 from .loop import Schedule
 from .network import Network
-from .tokenizer import CODES
+from .tokenizer import CODES, patch_names
 
 TEXT_IDS = 1024
 CONFIG = BackboneConfig(
@@ -58,8 +58,9 @@ BATCHES = {"draw": 20, "edit": 14, "ask": 8, "ask small": 16}  # pictures, each 
 TURNS = ("draw", "edit", "draw", "ask", "draw", "edit", "ask small", "draw", "edit", "ask")
 QUESTIONS = 5
 SIDES = 16  # rows and columns of the largest grid
-PLACED_LAYER, LOOKING_LAYER = 1, 2
-PLACING, LOOKING = 0.1, 0.1  # weights of the two additional losses
+PLACED_LAYER, LOOKING_LAYER, NAMED_LAYER = 1, 2, 3
+PLACING, LOOKING, NAMING = 0.1, 0.1, 0.5  # weights of the additional losses
+NAMES = (1 + len(Colour)) * (1 + len(Kind))
 DROPPED = 0.1  # share of prompts, instructions and (half of it) source pictures that are left out, for guidance
 
 
@@ -72,6 +73,7 @@ class Example:
     large: list[list[int]]  # as it is understood
     change: Change
     instruction: str
+    result: Scene
     changed: list[list[int]]
 
 
@@ -89,11 +91,13 @@ class Packed:
         self.noisy: list[int] = []
         self.cells: list[int] = []  # row * SIDES + column of a code, -1 of other tokens
         self.sources: list[int] = []  # the index in this sequence of the code that stands at the same place of a source
-        self._pictures: list[tuple[int, int, int]] = []  # first position, columns, rows
+        self.names: list[int] = []  # colour and kind of the shape that a masked code is part of, -1 of other tokens
+        # first position, columns, rows, names
+        self._pictures: list[tuple[int, int, int, list[int] | None]] = []
 
-    def picture(self, start: int, columns: int, rows: int) -> None:
-        """Say that a picture begins at a position."""
-        self._pictures.append((start, columns, rows))
+    def picture(self, start: int, columns: int, rows: int, names: list[int] | None = None) -> None:
+        """Say that a picture begins at a position, and what its codes will be part of."""
+        self._pictures.append((start, columns, rows, names))
 
     def clean(self, ids: Sequence[int], start: int, group: int) -> None:
         """Whole blocks of clean tokens."""
@@ -124,12 +128,14 @@ class Packed:
         self.positions += range(start, start + len(ids))
         self.groups += [group] * len(ids)
         self.noisy += [noisy] * len(ids)
-        for position in range(start, start + len(ids)):
-            cell = source = -1
-            for number, (first, columns, rows) in enumerate(self._pictures):
+        for position, target in zip(range(start, start + len(ids)), targets, strict=True):
+            cell = source = name = -1
+            for number, (first, columns, rows, names) in enumerate(self._pictures):
                 if 0 <= (index := position - first) < columns * rows:
                     cell = index // columns * SIDES + index % columns
                     source = self._pictures[0][0] + index if number and noisy else -1
+                    name = names[index] if names and target >= 0 else -1
+            self.names.append(name)
             self.cells.append(cell)
             self.sources.append(source)
 
@@ -158,6 +164,7 @@ class Curriculum:
             "noisy": 0,
             "cells": -1,
             "sources": -1,
+            "names": -1,
         }
         batch = {
             name: torch.tensor(
@@ -174,24 +181,28 @@ class Curriculum:
 
     def _draw(self, example: Example, rng: random.Random) -> Packed:
         conditional, unconditional = prompts.text_to_image(self.tokens, caption(example.scene, rng), 8, 8).branches
-        return self._picture(unconditional if rng.random() < DROPPED else conditional, None, example.small, rng)
+        prompt = unconditional if rng.random() < DROPPED else conditional
+        return self._picture(prompt, None, example.scene, example.small, rng)
 
     def _edit(self, example: Example, rng: random.Random) -> Packed:
         branches = prompts.edit(self.tokens, _grid(example.small), example.instruction).branches
         branch = rng.choices(branches, (1 - 1.5 * DROPPED, DROPPED, DROPPED / 2))[0]
         source = branch.index(self.tokens.boi) + 1 if branch is not branches[2] else None
-        return self._picture(branch, source, example.changed, rng)
+        return self._picture(branch, source, example.result, example.changed, rng)
 
-    def _picture(self, prompt: list[int], source: int | None, codes: list[list[int]], rng: random.Random) -> Packed:
+    def _picture(
+        self, prompt: list[int], source: int | None, scene: Scene, codes: list[list[int]], rng: random.Random
+    ) -> Packed:
         response = self.tokens.codes_to_ids([code for row in codes for code in row])
         while (
             len(prompt) + len(response)
         ) % BLOCK:  # the last block runs whole: what follows goes on like the last row
             response.append(response[-len(codes[0])])
         sequence, ids = Packed(), [*prompt, *response]
-        for start in (source, len(prompt)):
-            if start is not None:
-                sequence.picture(start, len(codes[0]), len(codes))
+        if source is not None:
+            sequence.picture(source, len(codes[0]), len(codes))
+        colours, kinds = patch_names([scene], len(codes))
+        sequence.picture(len(prompt), len(codes[0]), len(codes), (colours * (1 + len(Kind)) + kinds).flatten().tolist())
         sequence.clean(ids[:-BLOCK], 0, 0)
         sequence.masked(prompt, response, 1, self.tokens.mask, rng, clean_to=len(ids))
         return sequence
@@ -220,12 +231,13 @@ class Curriculum:
 
 
 class Learner(nn.Module):
-    """The network, and the head that asks it where a code is."""
+    """The network, and the heads that ask it where a code is, and what it is part of."""
 
     def __init__(self, config: BackboneConfig = CONFIG) -> None:
         super().__init__()
         self.network = Network(config)
         self.placed = nn.Linear(config.hidden_size, 2 * SIDES)
+        self.named = nn.Linear(config.hidden_size, NAMES)
 
     @torch.no_grad()
     def begin_with(self, book: torch.Tensor) -> None:
@@ -235,15 +247,18 @@ class Learner(nn.Module):
             weight[offset:] = weight.std() * book + 0.2 * weight[offset:]
 
     def losses(self, task: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Cross entropy of the masked tokens, and the two additional losses."""
+        """Cross entropy of the masked tokens, and the additional losses."""
         inner: list[torch.Tensor] = []
         hidden = self.network(batch["ids"], batch["positions"], batch["mask"], inner)
-        learned, cells, sources = (batch[name] >= 0 for name in ("targets", "cells", "sources"))
+        learned, cells, sources, names = (batch[name] >= 0 for name in ("targets", "cells", "sources", "names"))
         loss = F.cross_entropy(self.network.lm_head(hidden[learned]), batch["targets"][learned])
         by_row, by_column = self.placed(inner[PLACED_LAYER][cells]).chunk(2, dim=-1)
         cell = batch["cells"][cells]
         place = F.cross_entropy(by_row, cell // SIDES) + F.cross_entropy(by_column, cell % SIDES)
         told = {"loss": loss + PLACING * place, task: loss, "place": place}
+        if names.any():
+            told["name"] = F.cross_entropy(self.named(inner[NAMED_LAYER][names]), batch["names"][names])
+            told["loss"] = told["loss"] + NAMING * told["name"]
         if sources.any():
             query, key = self.network.model.layers[LOOKING_LAYER].attention.looked
             scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~batch["mask"], -torch.inf)

@@ -38,7 +38,7 @@ def examples(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> 
 
     made_codes = _made(folder / "examples.pt", EXAMPLES, encode, say)
     return [
-        Example(scene, small, large, made.change, made.instruction, changed)
+        Example(scene, small, large, made.change, made.instruction, made.result, changed)
         for (scene, made), small, large, changed in zip(
             told, *(made_codes[name].tolist() for name in ("small", "large", "changed")), strict=True
         )
