@@ -2,7 +2,8 @@
 
 The features of a picture reach the transformer as a plain sequence, so it has to find out by itself which of them
 belongs to which patch. That is the hardest thing it learns, and no gradient says so directly. Hence a first stage on
-random codes, and in both stages one more loss: in two layers the first head of each patch is told where to look.
+random codes, and in both stages one more loss: in two layers the first heads of each patch are told where to look, at its own
+code and at those beside it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ CONFIG = {
 }
 SIDE = 8  # codes
 PATCHES = (FEATURE_UPSAMPLING * SIDE) ** 2  # of two by two latents; there are as many features
-GUIDED_LAYERS = (1, 2)
+# layer -> where its first heads are told to look, in codes down and along from a patch's own
+LOOKS = {1: ((0, 0), (0, -1), (0, 1)), 2: ((0, 0), (-1, 0), (1, 0))}
 SHIFT = 6.0  # of the time grid when decoding
 DROPPED = 0.1  # share of pictures whose features are dropped, for guidance
 POSITIONS = Schedule(steps=400, rate=2e-3, warmup=50)
@@ -57,8 +59,8 @@ class FlowDecoder(nn.Module):
             }
         )
         self.transformer = ZImageTransformer2DModel(**CONFIG, cap_feat_dim=FEATURES)
-        self.looks = [_Look() for _ in GUIDED_LAYERS]
-        for layer, look in zip(GUIDED_LAYERS, self.looks, strict=True):
+        self.looks = [_Look(offsets) for offsets in LOOKS.values()]
+        for layer, look in zip(LOOKS, self.looks, strict=True):
             self.transformer.layers[layer].attention.set_processor(look)
 
     @torch.no_grad()
@@ -135,13 +137,20 @@ class Turbo(nn.Module):
 
 
 class _Look:
-    """Z-Image's attention, which also says how far the first head is from looking at a patch's own feature."""
+    """Z-Image's attention, which also says how far its first heads are from looking where they should.
 
-    def __init__(self) -> None:
-        patch = torch.arange(PATCHES)
-        side = FEATURE_UPSAMPLING * SIDE
-        code = patch // side // FEATURE_UPSAMPLING * SIDE + patch % side // FEATURE_UPSAMPLING
-        self.elsewhere = code[:, None] != code[None]  # the features of one code are equal: any of them will do
+    Args:
+        offsets: for each of these heads, rows and columns of codes from a patch's own; the nearest beyond an edge.
+    """
+
+    def __init__(self, offsets: Sequence[tuple[int, int]]) -> None:
+        patch, side = torch.arange(PATCHES), FEATURE_UPSAMPLING * SIDE
+        row, column = patch // side // FEATURE_UPSAMPLING, patch % side // FEATURE_UPSAMPLING
+        code = row * SIDE + column
+        wanted = torch.stack(
+            [(row + down).clamp(0, SIDE - 1) * SIDE + (column + along).clamp(0, SIDE - 1) for down, along in offsets]
+        )
+        self.elsewhere = wanted[:, :, None] != code  # the features of one code are equal: any of them will do
         self.loss = torch.zeros(())
 
     def __call__(
@@ -151,9 +160,10 @@ class _Look:
         query, key = attention.norm_q(split(attention.to_q(x))), attention.norm_k(split(attention.to_k(x)))
         query, key = (_rotate(tensor, freqs_cis).transpose(1, 2) for tensor in (query, key))
         value = split(attention.to_v(x)).transpose(1, 2)
-        scores = query[:, 0, :PATCHES] @ key[:, 0, PATCHES:].transpose(-1, -2) * query.shape[-1] ** -0.5
+        told = len(self.elsewhere)
+        scores = query[:, :told, :PATCHES] @ key[:, :told, PATCHES:].transpose(-1, -2) * query.shape[-1] ** -0.5
         right = scores.log_softmax(dim=-1).masked_fill(self.elsewhere, -torch.inf).logsumexp(dim=-1)
-        self.loss = -right.mean(dim=-1)
+        self.loss = -right.mean(dim=(-2, -1))
         out = F.scaled_dot_product_attention(query, key, value)
         return attention.to_out[0](rearrange(out, "b h n d -> b n (h d)"))
 
