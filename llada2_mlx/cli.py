@@ -61,7 +61,7 @@ def t2i(a: argparse.Namespace) -> None:
     with _Bars() as on_step:
         guided = {"guidance": a.guidance, "rescale": a.rescale, "sampling": sampling}
         drawing = tasks.text_to_vq(backbone, a.prompt, **size, **guided, on_step=on_step)
-    _warn(checkpoint, "drawing", drawing.grid, tasks.PIXELS_PER_CODE)
+    _warn(checkpoint, "drawing", drawing.grid)
     if a.codes:
         drawing.grid.save(a.codes)
     backbone.unload()  # makes room for the decoder
@@ -181,16 +181,16 @@ def _backbone(a: argparse.Namespace, checkpoint: Checkpoint) -> Backbone:
 
 def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str) -> VQGrid:
     from .imaging import load_part
-    from .imaging.prepare import PATCH, Purpose
+    from .imaging.prepare import Purpose, use_of
 
-    image = _open(a.image)
-    grid = load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a)).encode(image, Purpose(PURPOSES[purpose]), a.size)
-    _warn(checkpoint, "understanding" if purpose == "understand" else "editing", grid, PATCH)
+    image, wanted = _open(a.image), Purpose(PURPOSES[purpose])
+    grid = load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a)).encode(image, wanted, a.size)
+    _warn(checkpoint, use_of(wanted), grid)
     return grid
 
 
-def _warn(checkpoint: Checkpoint, use: str, grid: VQGrid, pixels: int) -> None:
-    if doubt := checkpoint.image_sizes.doubt(use, grid.width * pixels, grid.height * pixels):
+def _warn(checkpoint: Checkpoint, use: str, grid: VQGrid) -> None:
+    if doubt := checkpoint.image_sizes.doubt_grid(use, grid):
         print(f"llada2-mlx: warning: {doubt}", file=sys.stderr)
 
 

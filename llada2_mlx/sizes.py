@@ -6,10 +6,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import CheckpointError
+from .vq import VQGrid
 
 # The side of a square picture, in pixels, that a checkpoint draws when it does not state its own.
 DEFAULT_DRAWING = 1024
 SIDE_STEP = 32  # pixels; so that grids have even sides
+# Pixels per code: of a picture as the tokenizer sees it, and of the decoded one, which the decoder doubles.
+ENCODED_PIXELS, DECODED_PIXELS = 16, 32
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,8 @@ class ImageSizes:
             f"This model was made for {use} at {side} x {side} pixels, and this is {width} x {height}: "
             "expect a poor result."
         )
+
+    def doubt_grid(self, use: str, grid: VQGrid) -> str | None:
+        """The same of a picture that comes as codes."""
+        pixels = DECODED_PIXELS if use == "drawing" else ENCODED_PIXELS
+        return self.doubt(use, grid.width * pixels, grid.height * pixels)

@@ -11,11 +11,8 @@ from .diffusion import Method, Report, Sampling, Vocabulary, check_length, gener
 from .errors import RequestError
 from .guidance import Guidance
 from .progress import OnStep, Progress, ignore
-from .sizes import DEFAULT_DRAWING
+from .sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .vq import VQGrid
-
-# Pixels of the decoded picture per code: the tokenizer has 16, the decoder doubles.
-PIXELS_PER_CODE = 32
 
 
 @dataclass(frozen=True)
@@ -136,11 +133,11 @@ def grid_size(backbone: Backbone, width: int, height: int) -> tuple[int, int]:
     """
     own = backbone.checkpoint.image_sizes.drawing or DEFAULT_DRAWING
     width, height = width or own, height or own
-    if width % PIXELS_PER_CODE or height % PIXELS_PER_CODE or min(width, height) < 0:
+    if width % DECODED_PIXELS or height % DECODED_PIXELS or min(width, height) < 0:
         raise RequestError(
-            f"The size is {width} x {height} pixels; both sides have to be multiples of {PIXELS_PER_CODE}."
+            f"The size is {width} x {height} pixels; both sides have to be multiples of {DECODED_PIXELS}."
         )
-    rows, columns = height // PIXELS_PER_CODE, width // PIXELS_PER_CODE
+    rows, columns = height // DECODED_PIXELS, width // DECODED_PIXELS
     backbone.tokens.check_size(rows, columns)
     return rows, columns
 

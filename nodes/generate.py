@@ -3,8 +3,6 @@
 from comfy_api.latest import io
 
 from ..llada2_mlx import prompts
-from ..llada2_mlx.imaging.prepare import PATCH
-from ..llada2_mlx.vq import VQGrid
 from . import host
 from .sockets import BackboneSocket, VQSocket, block_inputs, temperature_input, token_seed_input
 
@@ -21,11 +19,6 @@ def _side_input(name: str) -> io.Int.Input:
         step=prompts.SIDE_STEP,
         tooltip=f"{name.capitalize()} of the decoded picture in pixels; 0 is the model's own size.",
     )
-
-
-def _doubt(backbone: host.ManagedBackbone, use: str, grid: VQGrid, pixels: int) -> str | None:
-    """A warning where the grid, at so many pixels a code, is of another size than the model was made for."""
-    return backbone.checkpoint.image_sizes.doubt(use, grid.width * pixels, grid.height * pixels)
 
 
 class LLaDA2TextToVQ(io.ComfyNode):
@@ -90,7 +83,7 @@ class LLaDA2TextToVQ(io.ComfyNode):
             Sampling(block_length, steps, threshold, temperature, seed=seed),
             on_step=host.progress(),
         )
-        host.warn(_doubt(backbone, "drawing", drawing.grid, tasks.PIXELS_PER_CODE))
+        host.warn(backbone.checkpoint.image_sizes.doubt_grid("drawing", drawing.grid))
         return io.NodeOutput((drawing.grid,))
 
 
@@ -175,5 +168,5 @@ class LLaDA2Edit(io.ComfyNode):
                 on_step=on_step,
             )
             edited.append(drawing.grid)
-        host.warn(_doubt(backbone, "editing", vq[0], PATCH))
+        host.warn(backbone.checkpoint.image_sizes.doubt_grid("editing", vq[0]))
         return io.NodeOutput(tuple(edited))

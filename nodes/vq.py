@@ -6,7 +6,7 @@ from ..llada2_mlx.checkpoint import Part
 from ..llada2_mlx.errors import RequestError
 from ..llada2_mlx.imaging.decoder import SOLVERS, VAE, DecodeOptions, Sampler, check_decode
 from ..llada2_mlx.imaging.pixels import to_images
-from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, PATCH, UNIT, Purpose, own_side, prepare, require_side
+from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, UNIT, Purpose, own_side, prepare, require_side, use_of
 from . import host
 from .sockets import VQSocket, model_input, seed_input
 
@@ -66,8 +66,7 @@ class SigLIPVQEncode(io.ComfyNode):
         purpose, sizes = Purpose(purpose), host.checkpoint(model, Part.IMAGE_TOKENIZER).image_sizes
         side = size or own_side(sizes, purpose)
         prepared = [prepare(picture, purpose, side) for picture in to_images(image)]
-        use = "understanding" if purpose is Purpose.UNDERSTAND else "editing"
-        host.warn(sizes.doubt(use, *prepared[0].size))
+        host.warn(sizes.doubt(use_of(purpose), *prepared[0].size))
         on_step = host.progress()
         return io.NodeOutput(
             host.image_part(model, Part.IMAGE_TOKENIZER).get(on_step).encode_prepared(prepared, on_step)
@@ -153,8 +152,7 @@ class ZImageDecode(io.ComfyNode):
         options = DecodeOptions(decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"))
         checkpoint = host.checkpoint(model, part, Part.VAE)
         check_decode(checkpoint, part, vq)
-        pixels = (2 * PATCH * side for side in (vq[0].width, vq[0].height))
-        host.warn(checkpoint.image_sizes.doubt("drawing", *pixels))
+        host.warn(checkpoint.image_sizes.doubt_grid("drawing", vq[0]))
         on_step = host.progress()
         latents = host.image_part(model, part).get(on_step).sample(vq, options, on_step)
         vae = host.image_part(model, Part.VAE).get(on_step, VAE.working_bytes(latents))

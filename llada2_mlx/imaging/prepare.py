@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import RequestError
-from ..sizes import ImageSizes
+from ..sizes import ENCODED_PIXELS, SIDE_STEP, ImageSizes
 
-PATCH = 16  # pixels a code
-UNIT = 32  # sides are multiples of this, so that grid sides are even
+PATCH = ENCODED_PIXELS
+UNIT = SIDE_STEP
 UNDERSTAND_LARGEST, UNDERSTAND_SMALLEST = 800**2, 128**2  # area in pixels
 SEVERAL_LARGEST = 448**2  # of each, where several pictures are understood together
 EDIT_UNITS = 256  # an edited picture has about this many UNIT x UNIT squares
@@ -49,7 +49,12 @@ def prepare(image: Image.Image, purpose: Purpose, side: int = 0) -> Image.Image:
 
 def own_side(sizes: ImageSizes, purpose: Purpose) -> int:
     """The side that a model states for a purpose; 0 where it states none."""
-    return sizes.understanding if purpose in (Purpose.UNDERSTAND, Purpose.UNDERSTAND_SEVERAL) else sizes.editing
+    return getattr(sizes, use_of(purpose))
+
+
+def use_of(purpose: Purpose) -> str:
+    """The use of a picture that ``ImageSizes`` has a size for."""
+    return "understanding" if purpose in (Purpose.UNDERSTAND, Purpose.UNDERSTAND_SEVERAL) else "editing"
 
 
 def require_side(side: int) -> None:
@@ -92,7 +97,7 @@ def target_size(image: Image.Image, purpose: Purpose, side: int = 0) -> tuple[in
 
     Where a side is given, both are about as large as a square with this side.
     """
-    if purpose in (Purpose.UNDERSTAND, Purpose.UNDERSTAND_SEVERAL):
+    if use_of(purpose) == "understanding":
         largest = UNDERSTAND_LARGEST if purpose is Purpose.UNDERSTAND else SEVERAL_LARGEST
         return understand_size(*image.size, side**2 or largest, side**2 or UNDERSTAND_SMALLEST)
     return edit_size(*image.size, (side // UNIT) ** 2 or EDIT_UNITS)
