@@ -19,6 +19,8 @@ from .world import (
     random_shape,
 )
 
+_Asked = tuple[str, str, tuple[Shape, ...]]  # question, answer, what it is about
+
 NUMBERS = ("zero", "one", "two", "three")
 
 
@@ -50,6 +52,7 @@ class Question:
     topic: Topic
     text: str
     answer: str
+    about: tuple[Shape, ...]  # the shapes that answer it
 
 
 @dataclass(frozen=True)
@@ -140,34 +143,36 @@ def _reference(scene: Scene, shape: Shape, rng: random.Random) -> str:
     return rng.choice(ways)
 
 
-def _ask_colour(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_colour(scene: Scene, rng: random.Random) -> _Asked:
     shape = rng.choice(scene.shapes)
     ways = [f"the shape in the {shape.place.value}", f"the {shape.kind.value} in the {shape.place.value}"]
     if shape in _unique(scene, lambda s: s.kind):
         ways += [f"the {shape.kind.value}"] * 2
     wording = rng.choice(["What colour is {}?", "What color is {}?", "Which colour does {} have?"])
-    return wording.format(rng.choice(ways)), shape.colour.value
+    return wording.format(rng.choice(ways)), shape.colour.value, (shape,)
 
 
-def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_shape(scene: Scene, rng: random.Random) -> _Asked:
     by_colour = _unique(scene, lambda s: s.colour)
     if by_colour and rng.random() < 0.5:
         shape = rng.choice(by_colour)
-        return rng.choice(["Which shape is {}?", "What shape is {}?"]).format(shape.colour.value), shape.kind.value
+        wording = rng.choice(["Which shape is {}?", "What shape is {}?"])
+        return wording.format(shape.colour.value), shape.kind.value, (shape,)
     shape = rng.choice(scene.shapes)
-    return f"{rng.choice(['What', 'Which'])} shape is in the {shape.place.value}?", shape.kind.value
+    return f"{rng.choice(['What', 'Which'])} shape is in the {shape.place.value}?", shape.kind.value, (shape,)
 
 
-def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_count(scene: Scene, rng: random.Random) -> _Asked:
     if rng.random() < 0.5:
         wording = rng.choice(["How many shapes are there?", "How many shapes are in the picture?"])
-        return wording, NUMBERS[len(scene.shapes)]
+        return wording, NUMBERS[len(scene.shapes)], scene.shapes
     kind = rng.choice([shape.kind for shape in scene.shapes] + [rng.choice(list(Kind))])
     wording = rng.choice(["How many {}s are there?", "How many {}s are in the picture?", "How many {}s can you see?"])
-    return wording.format(kind.value), NUMBERS[sum(shape.kind is kind for shape in scene.shapes)]
+    counted = tuple(shape for shape in scene.shapes if shape.kind is kind)
+    return wording.format(kind.value), NUMBERS[len(counted)], counted
 
 
-def _ask_existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_existence(scene: Scene, rng: random.Random) -> _Asked:
     shape = rng.choice(scene.shapes)
     kind, colour = shape.kind, shape.colour
     if rng.random() < 0.6:  # a shape that is nearly there
@@ -177,12 +182,13 @@ def _ask_existence(scene: Scene, rng: random.Random) -> tuple[str, str]:
             colour = rng.choice(list(Colour))
     wording = rng.choice(["Is there {}?", "Is there {} in the picture?", "Can you see {}?"])
     if rng.random() < 0.3:
-        return wording.format(article(kind.value)), _yes(any(s.kind is kind for s in scene.shapes))
-    there = any(s.kind is kind and s.colour is colour for s in scene.shapes)
-    return wording.format(article(f"{colour.value} {kind.value}")), _yes(there)
+        there = tuple(s for s in scene.shapes if s.kind is kind)
+        return wording.format(article(kind.value)), _yes(there), there
+    there = tuple(s for s in scene.shapes if s.kind is kind and s.colour is colour)
+    return wording.format(article(f"{colour.value} {kind.value}")), _yes(there), there
 
 
-def _ask_place(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_place(scene: Scene, rng: random.Random) -> _Asked:
     by_kind, by_both = _unique(scene, lambda s: s.kind), _unique(scene, lambda s: (s.kind, s.colour))
     if by_kind and (not by_both or rng.random() < 0.5):
         shape = rng.choice(by_kind)
@@ -192,23 +198,23 @@ def _ask_place(scene: Scene, rng: random.Random) -> tuple[str, str]:
         name = f"{shape.colour.value} {shape.kind.value}"
     else:  # two shapes that only their places tell apart
         kind = rng.choice([kind for kind in Kind if all(s.kind is not kind for s in scene.shapes)])
-        return f"Where is the {kind.value}?", "nowhere"
+        return f"Where is the {kind.value}?", "nowhere", ()
     wording = rng.choice(["Where is the {}?", "In which corner is the {}?", "Where can you see the {}?"])
-    return wording.format(name), f"in the {shape.place.value}"
+    return wording.format(name), f"in the {shape.place.value}", (shape,)
 
 
-def _ask_description(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_description(scene: Scene, rng: random.Random) -> _Asked:
     wordings = [
         "Describe the picture.",
         "Describe this image in detail.",
         "What is in the picture?",
         "What do you see?",
     ]
-    return rng.choice(wordings), describe(scene)
+    return rng.choice(wordings), describe(scene), scene.shapes
 
 
-def _yes(true: bool) -> str:
-    return "yes" if true else "no"
+def _yes(there: tuple[Shape, ...]) -> str:
+    return "yes" if there else "no"
 
 
 def _recolour(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:

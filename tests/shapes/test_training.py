@@ -19,7 +19,7 @@ from llada2_mlx.progress import Progress
 from llada2_mlx.shapes.grammar import Change, edit
 from llada2_mlx.shapes.training import backbone, data, decoder, export, loop, tokenizer
 from llada2_mlx.shapes.training.network import Network
-from llada2_mlx.shapes.world import Colour, Kind, Place, draw, draw_array, scenes
+from llada2_mlx.shapes.world import Kind, Place, draw, draw_array, scenes
 from llada2_mlx.tokens import Tokens
 
 
@@ -124,16 +124,89 @@ def test_an_edit_is_told_to_look_at_the_same_place_of_its_source(curriculum) -> 
 def test_a_masked_code_is_told_what_it_will_be_part_of(curriculum) -> None:
     example = curriculum.examples[0]
     sequence = curriculum._draw(example, random.Random(1))
-    told = [index for index, name in enumerate(sequence.names) if name >= 0]
-    assert told and all(sequence.targets[index] >= 0 for index in told)
+    told = [index for index, name in enumerate(sequence.names) if name >= 0 and sequence.targets[index] >= 0]
+    assert len(told) > 10
     for index in told:
-        row, column = divmod(sequence.cells[index], backbone.SIDES)
-        colour, kind = divmod(sequence.names[index], 1 + len(Kind))
-        shape = example.scene.at(list(Place)[row // 4 * 2 + column // 4])
-        if colour:
-            assert shape.colour is list(Colour)[colour - 1] and shape.kind is list(Kind)[kind - 1]
-        else:
-            assert kind == 0 and (shape is None or {row % 4, column % 4} & {0, 3})  # beside a shape, or there is none
+        shape = example.scene.at(place(sequence.cells[index], 8))
+        if sequence.names[index]:
+            assert sequence.names[index] == backbone._name(shape)
+        else:  # beside a shape, or there is none
+            row, column = divmod(sequence.cells[index], backbone.SIDES)
+            assert shape is None or {row % 4, column % 4} & {0, 3}
+
+
+def test_a_code_that_is_drawn_is_told_to_look_at_the_words_for_its_place(curriculum) -> None:
+    tokens, checked = curriculum.tokens, 0
+    for example, seed in zip(curriculum.examples, range(5), strict=False):
+        sequence = curriculum._draw(example, random.Random(seed))
+        words = once(sequence, lambda part: part)
+        assert len(words) in (0, len(example.scene.shapes))
+        for index in words:
+            shape = example.scene.at(list(Place)[sequence.parts[index].bit_length() - 1])
+            assert tokens.decode(sequence.ids[: index + 1]).endswith(shape.place.value)
+            assert sequence.names[index] == backbone._name(shape)
+        for index, cell in enumerate(sequence.cells):
+            shape = example.scene.at(place(cell, 8)) if cell >= 0 else None
+            assert sequence.asks[index] == (backbone.PARTS[shape.place] if shape else 0)
+            checked += bool(shape)
+    assert checked > 100
+
+
+@pytest.mark.parametrize(("task", "side"), [("_ask", 16), ("_ask_small", 8)])
+def test_an_answer_is_told_to_look_at_what_it_is_about(curriculum, task: str, side: int) -> None:
+    example = curriculum.examples[0]
+    sequence = getattr(curriculum, task)(example, random.Random(3))
+    for index, cell in enumerate(sequence.cells):
+        if sequence.parts[index]:
+            shape = example.scene.at(place(cell, side))
+            assert sequence.parts[index] == backbone.PARTS[shape.place]
+            assert sequence.names[index] == backbone._name(shape)
+    asking = [index for index, ask in enumerate(sequence.asks) if ask]
+    shapes = sum(backbone.PARTS[shape.place] for shape in example.scene.shapes)
+    assert asking and all(sequence.asks[index] & ~shapes == 0 and sequence.cells[index] < 0 for index in asking)
+    for index in asking:  # the words of a description are about one shape each
+        target = curriculum.tokens.decode([sequence.targets[index]]).strip() if sequence.targets[index] >= 0 else ""
+        if sequence.groups[index] == 1 and target in [kind.value for kind in Kind]:
+            about = example.scene.at(list(Place)[sequence.asks[index].bit_length() - 1])
+            assert target == about.kind.value
+
+
+@pytest.mark.parametrize("change", Change)
+def test_an_edit_is_told_to_look_at_its_instruction_where_something_changes(curriculum, change: Change) -> None:
+    rng = random.Random(0)
+    made = None
+    while made is None:
+        scene = next(scenes(rng.random()))
+        made = edit(scene, change, rng)
+    codes = curriculum.examples[0].small
+    example = backbone.Example(scene, codes, codes, change, made.instruction, made.result, codes)
+    sequence = None
+    while sequence is None or backbone.INSTRUCTION not in sequence.parts or max(sequence.sources) < 0:
+        sequence = curriculum._edit(example, rng)
+    changed = {at for at in Place if scene.at(at) != made.result.at(at)} or set(Place)
+    assert len(changed) == {"move": 2, "background": 4}.get(change.value, 1)
+    for index, cell in enumerate(sequence.cells):
+        if sequence.sources[index] >= 0:  # a noisy code of the result
+            assert (sequence.asks[index] == backbone.INSTRUCTION) == (place(cell, 8) in changed)
+    (last,) = once(sequence, lambda part: part == backbone.INSTRUCTION)
+    assert curriculum.tokens.decode(sequence.ids[: last + 1]).endswith(made.instruction)
+    before = sum(backbone.PARTS[at] for at in changed if change is not Change.BACKGROUND and scene.at(at))
+    assert sequence.asks[last] == before
+
+
+def once(sequence: backbone.Packed, told) -> list[int]:
+    """The first token at each position whose part is told of; a noisy copy may hold the prompt's end again."""
+    indices = [index for index, part in enumerate(sequence.parts) if told(part)]
+    return [
+        index
+        for number, index in enumerate(indices)
+        if sequence.positions[index] not in [sequence.positions[earlier] for earlier in indices[:number]]
+    ]
+
+
+def place(cell: int, side: int) -> Place:
+    row, column = divmod(cell, backbone.SIDES)
+    return list(Place)[2 * row // side * 2 + 2 * column // side]
 
 
 def test_prompts_without_their_text_and_without_their_picture_are_learned_too(curriculum) -> None:

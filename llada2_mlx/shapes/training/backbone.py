@@ -4,9 +4,12 @@ Every block that a task denoises is learned at once: the sequence with its clean
 each such block, which sees the clean blocks before its own and itself (arXiv:2503.09573). Several questions share the
 clean blocks of their picture.
 
-Three more losses make it learn in minutes what it would find out in hours, as in the decoder: after its second layer, a
-code has to know its row and column; in its third, the first head of a code that is being edited is told to look at the
-same place of the source; after its fourth, a masked code has to know which colour and kind of shape it will be part of.
+More losses make it learn in minutes what it would find out in hours, as in the decoder. After its second layer, a code
+has to know its row and column, and a word that ends what is said of a shape, which shape that is. In its third, the first
+head of a code that is being edited is told to look at the same place of the source; another head of a code that is being
+drawn, at the word for its place, of an answer, at the codes that it is about, of an instruction, at what is to be changed,
+which it then has to know. In the fourth, a code that is to be changed is told to look at the instruction, and after it
+a masked code has to know which shape it will be part of.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -24,7 +28,7 @@ from ...config import BackboneConfig
 from ...tokens import Tokens
 from ...vq import VQGrid
 from ..grammar import Change, Topic, caption, question
-from ..world import Colour, Kind, Scene
+from ..world import Colour, Kind, Place, Scene, Shape
 from .loop import Schedule
 from .network import Network
 from .tokenizer import CODES, patch_names
@@ -53,13 +57,17 @@ CONFIG = BackboneConfig(
     image_token_offset=TEXT_IDS,
 )
 BLOCK = 32
-SCHEDULE = Schedule(steps=6000, rate=2e-3, warmup=150, average=0.998)
+SCHEDULE = Schedule(steps=5000, rate=2e-3, warmup=150, average=0.998)
 BATCHES = {"draw": 20, "edit": 14, "ask": 8, "ask small": 16}  # pictures, each with QUESTIONS where it is asked about
 TURNS = ("draw", "edit", "draw", "ask", "draw", "edit", "ask small", "draw", "edit", "ask")
 QUESTIONS = 5
 SIDES = 16  # rows and columns of the largest grid
-PLACED_LAYER, LOOKING_LAYER, NAMED_LAYER = 1, 2, 3
+PLACED_LAYER, LOOKING_LAYER, CHANGING_LAYER = 1, 2, 3
+SOURCE_HEAD, PART_HEAD = 0, CONFIG.num_attention_heads // CONFIG.num_key_value_heads  # with keys of their own
 PLACING, LOOKING, NAMING = 0.1, 0.1, 0.5  # weights of the additional losses
+PARTS = {place: 1 << number for number, place in enumerate(Place)}  # what a token tells of, as bits
+INSTRUCTION = 1 << len(Place)
+PADDING_LEARNED = 0.1  # share of the ends after the first that are to be learned
 NAMES = (1 + len(Colour)) * (1 + len(Kind))
 DROPPED = 0.1  # share of prompts, instructions and (half of it) source pictures that are left out, for guidance
 
@@ -91,25 +99,38 @@ class Packed:
         self.noisy: list[int] = []
         self.cells: list[int] = []  # row * SIDES + column of a code, -1 of other tokens
         self.sources: list[int] = []  # the index in this sequence of the code that stands at the same place of a source
-        self.names: list[int] = []  # colour and kind of the shape that a masked code is part of, -1 of other tokens
-        # first position, columns, rows, names
-        self._pictures: list[tuple[int, int, int, list[int] | None]] = []
+        self.names: list[int] = []  # colour and kind of the shape that a token has to know, -1 of other tokens
+        self.parts: list[int] = []  # PARTS and INSTRUCTION that a token tells of
+        self.asks: list[int] = []  # those that it is told to look at
+        self._pictures: list[tuple[int, int, int]] = []  # first position, columns, rows
+        self.named: dict[int, int] = {}  # position -> name, part and ask of the tokens that are added from now on
+        self.telling: dict[int, int] = {}
+        self.asking: dict[int, int] = {}
 
-    def picture(self, start: int, columns: int, rows: int, names: list[int] | None = None) -> None:
-        """Say that a picture begins at a position, and what its codes will be part of."""
-        self._pictures.append((start, columns, rows, names))
+    def picture(self, start: int, columns: int, rows: int) -> None:
+        """Say that a picture begins at a position."""
+        self._pictures.append((start, columns, rows))
 
     def clean(self, ids: Sequence[int], start: int, group: int) -> None:
         """Whole blocks of clean tokens."""
         self._add(ids, [-1] * len(ids), start, group, 0)
 
     def masked(
-        self, prompt: list[int], response: list[int], group: int, mask: int, rng: random.Random, clean_to: int
+        self,
+        prompt: list[int],
+        response: list[int],
+        group: int,
+        mask: int,
+        rng: random.Random,
+        clean_to: int,
+        matters: int | None = None,
     ) -> None:
         """A noisy copy of each block that holds a token of the response.
 
         Args:
             clean_to: the position to which the clean blocks that it may see are there already; the others are added.
+            matters: the position from which on only a few tokens are to be learned; such a block is all masked half
+                of the time.
         """
         ids = [*prompt, *response]
         for start in range(len(prompt) // BLOCK * BLOCK, len(ids), BLOCK):
@@ -117,10 +138,15 @@ class Packed:
                 self.clean(ids[missing : missing + BLOCK], missing, group)
             clean_to = max(clean_to, start)
             own, share = range(max(start, len(prompt)), start + BLOCK), rng.random()
+            if matters is not None and rng.random() < 0.5:
+                share = 1.0
             hidden = {place for place in own if rng.random() < share} or {rng.choice(own)}
             places = range(start, start + BLOCK)
             block = [mask if place in hidden else ids[place] for place in places]
-            self._add(block, [ids[place] if place in hidden else -1 for place in places], start, group, 1)
+            learned = {
+                place for place in hidden if matters is None or place < matters or rng.random() < PADDING_LEARNED
+            }
+            self._add(block, [ids[place] if place in learned else -1 for place in places], start, group, 1)
 
     def _add(self, ids: Sequence[int], targets: Sequence[int], start: int, group: int, noisy: int) -> None:
         self.ids += ids
@@ -129,15 +155,17 @@ class Packed:
         self.groups += [group] * len(ids)
         self.noisy += [noisy] * len(ids)
         for position, target in zip(range(start, start + len(ids)), targets, strict=True):
-            cell = source = name = -1
-            for number, (first, columns, rows, names) in enumerate(self._pictures):
+            cell = source = -1
+            for number, (first, columns, rows) in enumerate(self._pictures):
                 if 0 <= (index := position - first) < columns * rows:
                     cell = index // columns * SIDES + index % columns
                     source = self._pictures[0][0] + index if number and noisy else -1
-                    name = names[index] if names and target >= 0 else -1
-            self.names.append(name)
             self.cells.append(cell)
             self.sources.append(source)
+            self.parts.append(self.telling.get(position, 0))
+            self.asks.append(self.asking.get(position, 0))
+            told = target >= 0 or self.parts[-1]
+            self.names.append(self.named.get(position, -1) if told else -1)
 
 
 class Curriculum:
@@ -165,6 +193,8 @@ class Curriculum:
             "cells": -1,
             "sources": -1,
             "names": -1,
+            "parts": 0,
+            "asks": 0,
         }
         batch = {
             name: torch.tensor(
@@ -180,29 +210,55 @@ class Curriculum:
         return batch | {"mask": same | earlier}
 
     def _draw(self, example: Example, rng: random.Random) -> Packed:
-        conditional, unconditional = prompts.text_to_image(self.tokens, caption(example.scene, rng), 8, 8).branches
-        prompt = unconditional if rng.random() < DROPPED else conditional
-        return self._picture(prompt, None, example.scene, example.small, rng)
+        text = caption(example.scene, rng)
+        conditional, unconditional = prompts.text_to_image(self.tokens, text, 8, 8).branches
+        sequence, prompt = Packed(), unconditional
+        if rng.random() >= DROPPED:
+            prompt, start = conditional, _find(conditional, self.tokens.encode(text))
+            for shape, (_, end) in self._phrases(text, example.scene).items():
+                sequence.telling[start + end - 1] = PARTS[shape.place]
+                sequence.named[start + end - 1] = _name(shape)
+        asks = {place: PARTS[place] for place in Place if example.scene.at(place)}
+        return self._picture(sequence, prompt, example.scene, example.small, asks, rng)
 
     def _edit(self, example: Example, rng: random.Random) -> Packed:
         branches = prompts.edit(self.tokens, _grid(example.small), example.instruction).branches
         branch = rng.choices(branches, (1 - 1.5 * DROPPED, DROPPED, DROPPED / 2))[0]
-        source = branch.index(self.tokens.boi) + 1 if branch is not branches[2] else None
-        return self._picture(branch, source, example.result, example.changed, rng)
+        sequence, asks, scene, result = Packed(), {}, example.scene, example.result
+        changed = [place for place in Place if scene.at(place) != result.at(place)]
+        if branch is not branches[2]:
+            source = branch.index(self.tokens.boi) + 1
+            sequence.picture(source, len(example.small[0]), len(example.small))
+            self._tell(sequence, source, scene, len(example.small))
+        if branch is not branches[1]:
+            instruction = self.tokens.encode(example.instruction)
+            last = _find(branch, instruction) + len(instruction) - 1
+            sequence.telling[last] = INSTRUCTION
+            sequence.asking[last] = sum(PARTS[place] for place in changed if scene.at(place))
+            made = [shape for shape in map(result.at, changed) if shape]
+            if changed:
+                sequence.named[last] = _name(made[0] if made else None)
+            asks = {place: INSTRUCTION for place in changed or Place}
+        return self._picture(sequence, branch, result, example.changed, asks, rng)
 
     def _picture(
-        self, prompt: list[int], source: int | None, scene: Scene, codes: list[list[int]], rng: random.Random
+        self,
+        sequence: Packed,
+        prompt: list[int],
+        scene: Scene,
+        codes: list[list[int]],
+        asks: dict[Place, int],
+        rng: random.Random,
     ) -> Packed:
         response = self.tokens.codes_to_ids([code for row in codes for code in row])
         while (
             len(prompt) + len(response)
         ) % BLOCK:  # the last block runs whole: what follows goes on like the last row
             response.append(response[-len(codes[0])])
-        sequence, ids = Packed(), [*prompt, *response]
-        if source is not None:
-            sequence.picture(source, len(codes[0]), len(codes))
-        colours, kinds = patch_names([scene], len(codes))
-        sequence.picture(len(prompt), len(codes[0]), len(codes), (colours * (1 + len(Kind)) + kinds).flatten().tolist())
+        ids, first, side = [*prompt, *response], len(prompt), len(codes)
+        sequence.picture(first, side, side)
+        sequence.named |= dict(enumerate(_names(scene, side), first))
+        sequence.asking |= {first + index: asks.get(place, 0) for index, place in enumerate(_places(side))}
         sequence.clean(ids[:-BLOCK], 0, 0)
         sequence.masked(prompt, response, 1, self.tokens.mask, rng, clean_to=len(ids))
         return sequence
@@ -214,20 +270,50 @@ class Curriculum:
         return self._questions(example, example.small, rng)
 
     def _questions(self, example: Example, codes: list[list[int]], rng: random.Random) -> Packed:
-        sequence, shared = Packed(), None
-        sequence.picture(len(self.tokens.header(len(codes), len(codes[0]))), len(codes[0]), len(codes))
+        sequence, shared, scene = Packed(), None, example.scene
+        first = len(self.tokens.header(len(codes), len(codes[0])))
+        sequence.picture(first, len(codes[0]), len(codes))
+        self._tell(sequence, first, scene, len(codes))
         topics = [Topic.DESCRIPTION, *rng.sample([t for t in Topic if t is not Topic.DESCRIPTION], QUESTIONS - 1)]
         for group, topic in enumerate(topics, 1):
-            asked = question(example.scene, topic, rng)
+            asked = question(scene, topic, rng)
             prompt = prompts.understand(self.tokens, _grid(codes), asked.text).conditional
             if shared is None:
                 shared = (len(codes) * len(codes[0]) + 5) // BLOCK * BLOCK  # what is the same for every question
                 sequence.clean(prompt[:shared], 0, 0)
-            response = [*self.tokens.encode(asked.answer), self.tokens.end]
+            answer = self.tokens.encode(asked.answer)
+            if topic is Topic.DESCRIPTION:
+                phrases, begun = {}, 0
+                for shape, (_, end) in self._phrases(asked.answer, scene).items():
+                    phrases |= {place: PARTS[shape.place] for place in range(begun, end)}
+                    begun = end
+            else:
+                about = sum(PARTS[shape.place] for shape in asked.about)
+                phrases = dict.fromkeys(range(len(answer)), about)
+            sequence.asking = {len(prompt) + index: parts for index, parts in phrases.items()}
+            response = [*answer, self.tokens.end]
             while (len(prompt) + len(response)) % BLOCK:
                 response.append(self.tokens.end)
-            sequence.masked(prompt, response, group, self.tokens.mask, rng, clean_to=shared)
+            sequence.masked(
+                prompt, response, group, self.tokens.mask, rng, clean_to=shared, matters=len(prompt) + len(answer) + 1
+            )
         return sequence
+
+    def _phrases(self, text: str, scene: Scene) -> dict[Shape, tuple[int, int]]:
+        """Where in a text, in tokens, the words for each shape's place begin and end; in the order of the text."""
+        found = {}
+        for shape in sorted(scene.shapes, key=lambda shape: text.index(shape.place.value)):
+            start = text.index(shape.place.value)
+            end = start + len(shape.place.value)
+            found[shape] = len(self.tokens.encode(text[:start])), len(self.tokens.encode(text[:end]))
+        return found
+
+    @staticmethod
+    def _tell(sequence: Packed, first: int, scene: Scene, side: int) -> None:
+        """Say that the codes of a given picture tell of its shapes."""
+        for index, (name, place) in enumerate(zip(_names(scene, side), _places(side), strict=True), first):
+            if name:
+                sequence.telling[index], sequence.named[index] = PARTS[place], name
 
 
 class Learner(nn.Module):
@@ -256,14 +342,27 @@ class Learner(nn.Module):
         cell = batch["cells"][cells]
         place = F.cross_entropy(by_row, cell // SIDES) + F.cross_entropy(by_column, cell % SIDES)
         told = {"loss": loss + PLACING * place, task: loss, "place": place}
-        if names.any():
-            told["name"] = F.cross_entropy(self.named(inner[NAMED_LAYER][names]), batch["names"][names])
-            told["loss"] = told["loss"] + NAMING * told["name"]
-        if sources.any():
-            query, key = self.network.model.layers[LOOKING_LAYER].attention.looked
-            scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~batch["mask"], -torch.inf)
-            told["look"] = F.cross_entropy(scores[sources], batch["sources"][sources])
-            told["loss"] = told["loss"] + LOOKING * told["look"]
+        for layer, which in (
+            (PLACED_LAYER, names & (batch["parts"] > 0) & (batch["parts"] < INSTRUCTION)),
+            (LOOKING_LAYER, names & (batch["parts"] == INSTRUCTION)),
+            (CHANGING_LAYER, names & learned),
+        ):
+            if which.any():
+                told[f"name {layer}"] = F.cross_entropy(self.named(inner[layer][which]), batch["names"][which])
+                told["loss"] = told["loss"] + NAMING * told[f"name {layer}"]
+        part, wanted = batch["parts"][:, None, :], batch["asks"][:, :, None]
+        at_source = F.one_hot(batch["sources"].clamp_min(0), sources.shape[1]).bool() & sources[..., None]
+        for name, layer, head, right in (
+            ("source", LOOKING_LAYER, SOURCE_HEAD, at_source),
+            ("part", LOOKING_LAYER, PART_HEAD, (part & wanted & (INSTRUCTION - 1)) > 0),
+            ("instruction", CHANGING_LAYER, PART_HEAD, (part & wanted & INSTRUCTION) > 0),
+        ):
+            right = right & batch["mask"]
+            if (which := right.any(dim=-1)).any():
+                scores = self.network.model.layers[layer].attention.scores(head).masked_fill(~batch["mask"], -torch.inf)
+                chances = scores[which].log_softmax(dim=-1).masked_fill(~right[which], -torch.inf)
+                told[name] = -chances.logsumexp(dim=-1).mean()
+                told["loss"] = told["loss"] + LOOKING * told[name]
         return told
 
 
@@ -275,6 +374,28 @@ def losses(learner: Learner, curriculum: Curriculum):
         return learner.losses(task, curriculum.batch(task, rng))
 
     return of
+
+
+def _name(shape: Shape | None) -> int:
+    """The class of a shape, by colour and kind; 0 for none."""
+    return (1 + list(Colour).index(shape.colour)) * (1 + len(Kind)) + 1 + list(Kind).index(shape.kind) if shape else 0
+
+
+def _names(scene: Scene, side: int) -> list[int]:
+    """The class of what each code of a picture is part of."""
+    colours, kinds = patch_names([scene], side)
+    return (colours * (1 + len(Kind)) + kinds).flatten().tolist()
+
+
+@cache
+def _places(side: int) -> list[Place]:
+    """The place that each code of a picture belongs to."""
+    return [list(Place)[2 * row // side * 2 + 2 * column // side] for row in range(side) for column in range(side)]
+
+
+def _find(ids: list[int], part: list[int]) -> int:
+    """Where ``part`` begins in ``ids``."""
+    return next(start for start in range(len(ids)) if ids[start : start + len(part)] == part)
 
 
 def _grid(codes: list[list[int]]) -> VQGrid:

@@ -31,10 +31,15 @@ class Attention(nn.Module):
         query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         query, key = _turn(self.query_layernorm(query), turns), _turn(self.key_layernorm(key), turns)
         shared = self.heads // self.kv_heads
-        self.looked = query[:, 0], key[:, 0]  # of the first head, for the loss that tells it where to look
+        self._looked = query, key
         key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.dense(rearrange(out, "b h n d -> b n (h d)"))
+
+    def scores(self, head: int) -> torch.Tensor:
+        """How much a head wanted to look where, in the last forward: [batch, length, length], before any mask."""
+        query, key = self._looked[0][:, head], self._looked[1][:, head // (self.heads // self.kv_heads)]
+        return query @ key.transpose(-1, -2) * self.width**-0.5
 
 
 class MLP(nn.Module):
