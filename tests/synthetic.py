@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import atexit
-import json
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from mlx.utils import tree_flatten
-from safetensors.torch import save_file
 from torch import nn
 
 from llada2_mlx.config import BackboneConfig
 from llada2_mlx.model import LLaDA2
-from llada2_mlx.shapes.training.text import write_tokenizer
+from llada2_mlx.shapes.training import export
 from llada2_mlx.weights import published_names
 
 BACKBONE = BackboneConfig(
@@ -76,7 +74,7 @@ def write_checkpoint(folder: Path, sizes: Sizes = Sizes(), seed: int = 0, dtype:
         write_image_tokenizer(folder, sizes, dtype)
         write_decoder(folder / "decoder", sizes, dtype)
         write_decoder(folder / "decoder-turbo", sizes, dtype)
-        write_vae(folder / "vae", sizes, dtype)
+        write_vae(folder, sizes, dtype)
     return folder
 
 
@@ -89,15 +87,8 @@ def write_backbone(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
         for name in names:
             norm, bias = name.endswith("norm.weight"), name.endswith("expert_bias")
             tensors[name] = torch.ones(shape) if norm else torch.randn(shape) * (0.01 if bias else shape[-1] ** -0.5)
-    save(folder / "model.safetensors", tensors, dtype)
-    published = {
-        "model_type": "llada2_moe",
-        "architectures": ["LLaDA2MoeModelLM"],
-        "hidden_act": "silu",
-        "image_sizes": {"drawing": sizes.drawing},
-    }
-    write_json(folder / "config.json", published | asdict(config))
-    write_tokenizer(folder, config.image_token_offset)
+    export.write_backbone(folder, tensors, dtype)
+    export.write_text(folder, config, {"drawing": sizes.drawing})
 
 
 def write_image_tokenizer(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
@@ -117,17 +108,13 @@ def write_image_tokenizer(folder: Path, sizes: Sizes, dtype: torch.dtype) -> Non
         "latent_channels": sizes.vision_width,
         "in_channels": 3,
     }
-    modules = {
-        "model.visual.": GlmImageVisionModel(GlmImageVisionConfig(**vision)),
-        "model.vqmodel.": GlmImageVQVAE(GlmImageVQVAEConfig(**quantiser)),
-    }
-    tensors = {
-        prefix + name: tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()
-    }
-    path = folder / "image_tokenizer"
-    save(path / "image_tokenizer.safetensors", tensors, dtype)
-    write_json(path / "config.json", {"model_type": "glm_image", "vision_config": vision, "vq_config": quantiser})
-    write_json(path / "preprocessor_config.json", {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    export.write_image_tokenizer(
+        folder,
+        GlmImageVisionModel(GlmImageVisionConfig(**vision)),
+        GlmImageVQVAE(GlmImageVQVAEConfig(**quantiser)),
+        {"vision_config": vision, "vq_config": quantiser},
+        dtype,
+    )
     width = sizes.feature_width
     prior = {
         "prior_token_embedding.weight": torch.randn(codes, width),
@@ -136,7 +123,7 @@ def write_image_tokenizer(folder: Path, sizes: Sizes, dtype: torch.dtype) -> Non
         "prior_projector.net.2.weight": torch.randn(width, width) * width**-0.5,
         "prior_projector.net.2.bias": torch.zeros(width),
     }
-    torch.save({name: tensor.to(dtype) for name, tensor in prior.items()}, path / "sigvq_embedding.pt")
+    export.write_prior(folder, prior, dtype)
 
 
 def write_decoder(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
@@ -157,12 +144,8 @@ def write_decoder(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
     }
     module = ZImageTransformer2DModel(**config, cap_feat_dim=sizes.feature_width)
     randomise(module)
-    tensors = {
-        name.replace("cap_embedder", "semantic_embedder"): tensor for name, tensor in module.state_dict().items()
-    }
-    save(folder / "decoder_model.safetensors", tensors, dtype)
     # the published config states another width than its weights have, and the loader has to read the weights
-    write_json(folder / "config.json", {"_class_name": "ZImageTransformer2DModel", **config, "cap_feat_dim": 2560})
+    export.write_decoder(folder, module, config | {"cap_feat_dim": 2560}, dtype)
 
 
 def write_vae(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
@@ -183,9 +166,7 @@ def write_vae(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:
         "use_post_quant_conv": False,
         "force_upcast": True,
     }
-    module = AutoencoderKL(**config)
-    save(folder / "diffusion_pytorch_model.safetensors", module.state_dict(), dtype)
-    write_json(folder / "config.json", {"_class_name": "AutoencoderKL", **config})
+    export.write_vae(folder, AutoencoderKL(**config), config, dtype)
 
 
 def randomise(module: nn.Module) -> None:
@@ -193,16 +174,3 @@ def randomise(module: nn.Module) -> None:
     for parameter in module.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-
-
-def save(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()},
-        path,
-        metadata={"format": "pt"},
-    )
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -151,9 +151,7 @@ class Decoder:
         """
         _check_codebook(grid, self.codebook_size, self.name)
         codes = torch.from_numpy(grid.codes.astype("int64")).to(self.device)
-        for axis in (0, 1):
-            codes = codes.repeat_interleave(FEATURE_UPSAMPLING, dim=axis)
-        return self.prior(codes).flatten(0, 1)
+        return self.prior(upsampled(codes)).flatten(0, 1)
 
     def sample(self, grids: Sequence[VQGrid], options: DecodeOptions, on_step: OnStep = ignore) -> torch.Tensor:
         """Denoise pictures of one size, one after the other: latents [batch, 16, height, width] float32.
@@ -275,10 +273,21 @@ def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch
     return guided * (positive.norm() / guided.norm().clamp_min(1e-12)).clamp_max(1)
 
 
+def upsampled(codes: torch.Tensor) -> torch.Tensor:
+    """[..., height, width] -> [..., 2 height, 2 width]: each code four times."""
+    for axis in (-2, -1):
+        codes = codes.repeat_interleave(FEATURE_UPSAMPLING, dim=axis)
+    return codes
+
+
+def shifted(time: torch.Tensor, shift: float) -> torch.Tensor:
+    """Times in 0 .. 1, moved towards the noise."""
+    return time / (time + shift - shift * time)
+
+
 def ode_times(steps: int, shift: float, device: torch.device) -> torch.Tensor:
     """The ODE's time grid: ``steps`` points from 0 to 1, shifted towards the noise."""
-    time = torch.linspace(0, 1, steps, device=device)
-    return time / (time + shift - shift * time)
+    return shifted(torch.linspace(0, 1, steps, device=device), shift)
 
 
 def _integrate(velocity: Callable, noise: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:

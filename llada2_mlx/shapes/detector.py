@@ -20,8 +20,8 @@ from .world import (
     Size,
     Tone,
     Variation,
-    _coverage,
     background_pixels,
+    coverage_of,
 )
 
 LEAST_AREA = 500  # pixels of a quarter that have to stand out for a shape; the smallest has about 1,400
@@ -102,7 +102,7 @@ def _templates() -> tuple[list[tuple[Kind, Size]], np.ndarray]:
 
 def _mask(kind: Kind, size: Size, turn: float, scale: float) -> np.ndarray:
     shape = replace(Shape(kind, Colour.RED, Place.TOP_LEFT, size), variation=Variation(turn=turn, scale=scale))
-    rows, columns, coverage = _coverage(shape)
+    rows, columns, coverage = coverage_of(shape)
     mask = np.zeros((SIDE, SIDE), dtype=bool)
     mask[rows, columns] = coverage > 0.5
     return mask[: SIDE // 2, : SIDE // 2]

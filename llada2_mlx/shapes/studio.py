@@ -47,18 +47,18 @@ class Studio:
     def vae(self) -> VAE:
         return load_part(self.checkpoint, Part.VAE)
 
-    def draw(self, prompt: str, guidance: float = 2.0) -> Image.Image:
+    def draw(self, prompt: str) -> Image.Image:
         """A picture for a prompt."""
-        return self.decode(self.codes(prompt, guidance))
+        return self.decode(self.codes(prompt))
 
     def codes(self, prompt: str, guidance: float = 2.0) -> VQGrid:
         """The codes of a picture for a prompt."""
         return tasks.text_to_vq(self.backbone, prompt, guidance=guidance).grid
 
-    def decode(self, grid: VQGrid, turbo: bool = True, seed: int = 0) -> Image.Image:
+    def decode(self, grid: VQGrid, turbo: bool = True) -> Image.Image:
         """The picture of a grid: turbo at 8 steps, or the full decoder at 50."""
         decoder, steps = (self.turbo, 8) if turbo else (self.decoder, 50)
-        return to_images(self.vae.decode(decoder.sample([grid], DecodeOptions(steps, seed=seed))))[0]
+        return to_images(self.vae.decode(decoder.sample([grid], DecodeOptions(steps))))[0]
 
     def ask(self, picture: Image.Image, question: str) -> str:
         """The answer to a question about a picture."""

@@ -224,7 +224,7 @@ def draw_array(scene: Scene) -> np.ndarray:
     """The picture of a scene, [256, 256, 3] uint8."""
     pixels = _background_bytes(scene.background).copy()
     for shape in scene.shapes:
-        rows, columns, coverage = _coverage(shape)
+        rows, columns, coverage = coverage_of(shape)
         colour = np.clip(np.array(shape.colour.rgb, dtype=np.float32) + shape.variation.light, 0, 255)
         patch = pixels[rows, columns]
         pixels[rows, columns] = patch + (colour - patch) * coverage[..., None] + 0.5
@@ -249,7 +249,7 @@ def _background_bytes(background: Background) -> np.ndarray:
     return (background_pixels(background) + 0.5).astype(np.uint8)
 
 
-def _coverage(shape: Shape) -> tuple[slice, slice, np.ndarray]:
+def coverage_of(shape: Shape) -> tuple[slice, slice, np.ndarray]:
     """The part of the picture around a shape, and how much of each pixel the shape covers, 0 .. 1."""
     variation = shape.variation
     x, y = shape.place.centre[0] + variation.x, shape.place.centre[1] + variation.y

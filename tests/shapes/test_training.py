@@ -19,7 +19,9 @@ from llada2_mlx.progress import Progress
 from llada2_mlx.shapes.grammar import Change, edit
 from llada2_mlx.shapes.training import backbone, data, decoder, export, loop, tokenizer
 from llada2_mlx.shapes.training.network import Network
-from llada2_mlx.shapes.world import Kind, Place, draw, draw_array, scenes
+from llada2_mlx.shapes.training.pixels import drawn
+from llada2_mlx.shapes.training.text import sentences
+from llada2_mlx.shapes.world import Kind, Place, draw, scenes
 from llada2_mlx.tokens import Tokens
 
 
@@ -27,11 +29,12 @@ from llada2_mlx.tokens import Tokens
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with the trainer's text tokenizer and an untrained backbone and image tokenizer."""
     folder = tmp_path_factory.mktemp("untrained")
-    export.write_text(folder)
+    export.write_text(folder, backbone.CONFIG, {}, sentences(200))
     torch.manual_seed(0)
-    export.write_backbone(folder, export.rounded(Network(backbone.CONFIG)))
+    export.write_backbone(folder, Network(backbone.CONFIG).state_dict())
     torch.manual_seed(0)
-    export.write_image_tokenizer(folder, export.rounded(tokenizer.Tokenizer()))
+    untrained = tokenizer.Tokenizer()
+    export.write_image_tokenizer(folder, untrained.vision, untrained.quantiser, tokenizer.CONFIGS)
     return folder
 
 
@@ -48,9 +51,7 @@ def curriculum(folder: Path) -> backbone.Curriculum:
     examples = []
     for scene in islice(scenes("test", test=False), 20):
         made = edit(scene, Change.RECOLOUR, rng)
-        examples.append(
-            backbone.Example(scene, codes(8), codes(16), made.change, made.instruction, made.result, codes(8))
-        )
+        examples.append(backbone.Example(scene, codes(8), codes(16), made.instruction, made.result, codes(8)))
     return backbone.Curriculum(Tokens(Checkpoint(folder)), examples)
 
 
@@ -179,7 +180,7 @@ def test_an_edit_is_told_to_look_at_its_instruction_where_something_changes(curr
         scene = next(scenes(rng.random()))
         made = edit(scene, change, rng)
     codes = curriculum.examples[0].small
-    example = backbone.Example(scene, codes, codes, change, made.instruction, made.result, codes)
+    example = backbone.Example(scene, codes, codes, made.instruction, made.result, codes)
     sequence = None
     while sequence is None or backbone.INSTRUCTION not in sequence.parts or max(sequence.sources) < 0:
         sequence = curriculum._edit(example, rng)
@@ -224,7 +225,7 @@ def test_the_image_tokenizer_is_the_librarys(folder: Path) -> None:
     trained, opened = export.rounded(tokenizer.Tokenizer()).eval(), load_part(Checkpoint(folder), Part.IMAGE_TOKENIZER)
     opened.vision.float(), opened.quantiser.float()
     for scene in islice(scenes("codes"), 3):
-        pixels = loop.images_to_tensor([draw_array(scene)])
+        pixels = drawn([scene])
         with torch.no_grad():
             expected = trained.encode(pixels)[0]
         found = opened.encode_prepared([draw(scene)])[0].codes

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from ...checkpoint import Checkpoint
 from ...tokens import Tokens
-from . import backbone, data, decoder, export, tokenizer, vae
+from ..world import SIDE
+from . import backbone, data, decoder, export, text, tokenizer, vae
 from .loop import train
 
 SEED = 0
+SIZES = {"drawing": SIDE, "understanding": SIDE, "editing": tokenizer.SMALL}  # pixels
 STAGES = ("text", "tokenizer", "vae", "data", "decoder", "turbo", "backbone")
 
 
@@ -32,7 +35,7 @@ def main() -> None:
     for stage in arguments.stages:
         began = time.monotonic()
         getattr(training, stage)()
-        print(f"{stage}: {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+        _say(f"{stage}: {(time.monotonic() - began) / 60:.1f} minutes")
     logs = arguments.out / "training"
     logs.mkdir(exist_ok=True)
     for log in arguments.work.glob("*.tsv"):
@@ -47,78 +50,88 @@ class Training:
 
     def text(self) -> None:
         """The config and the text tokenizer."""
-        export.write_text(self.out)
+        export.write_text(self.out, backbone.CONFIG, SIZES, text.sentences())
 
     def tokenizer(self) -> None:
         """The image tokenizer."""
-        export.write_image_tokenizer(self.out, self._tokenizer())
+        trained = self._tokenizer
+        export.write_image_tokenizer(self.out, trained.vision, trained.quantiser, tokenizer.CONFIGS)
 
     def vae(self) -> None:
         """The VAE, first on pictures of half the size, then on whole ones, and last its decoder alone."""
-        trained, scale, shift = self._vae()
+        trained = self._autoencoder
         trained.model.decoder.requires_grad_(True)
         self._train("vae-decoding", trained, trained.decoding_losses, vae.DECODING)
-        export.write_vae(self.out, trained, scale, shift)
+        export.write_vae(self.out, trained.model, vae.CONFIG | trained.scaling)
 
     def data(self) -> None:
         """Pictures as codes and latents."""
-        self._examples()
-        self._pictures()
+        self._examples, self._pictures  # noqa: B018  made once, then read
 
     def decoder(self) -> None:
         """The decoder, first on random codes, then on pictures; and the prior."""
-        trained = self._decoder()
-        export.write_prior(self.out, trained.prior)
-        export.write_decoder(self.out / "decoder", trained.transformer)
+        export.write_prior(self.out, self._decoder.prior.state_dict())
+        self._write_decoder("decoder", self._decoder)
 
     def turbo(self) -> None:
         """The turbo decoder, from the full one."""
-        trained = self._decoder()
-        codes, latents = self._pictures()
+        teacher = self._decoder
         torch.manual_seed(SEED)
-        turbo = decoder.Turbo(trained)
-        turbo = self._train("turbo", turbo, turbo.losses(codes, latents), decoder.TURBO)
-        export.write_decoder(self.out / "decoder-turbo", turbo.student.transformer)
+        turbo = decoder.Turbo(teacher)
+        turbo = self._train("turbo", turbo, turbo.losses(*self._pictures), decoder.TURBO)
+        self._write_decoder("decoder-turbo", turbo.student)
 
     def backbone(self) -> None:
         """The backbone."""
-        curriculum = backbone.Curriculum(Tokens(Checkpoint(self.out)), self._examples())
+        curriculum = backbone.Curriculum(Tokens(Checkpoint(self.out)), self._examples)
         torch.manual_seed(SEED)
         learner = backbone.Learner()
-        learner.begin_with(self._tokenizer().book(backbone.CONFIG.hidden_size))
+        learner.begin_with(self._tokenizer.book(backbone.CONFIG.hidden_size))
         learner = self._train("backbone", learner, backbone.losses(learner, curriculum), backbone.SCHEDULE)
-        export.write_backbone(self.out, learner.network)
+        export.write_backbone(self.out, learner.network.state_dict())
 
     def _train(self, name: str, module: torch.nn.Module, losses, schedule) -> torch.nn.Module:
-        return train(name, module, losses, schedule, self.work, lambda line: print(line, flush=True))
+        return train(name, module, losses, schedule, self.work, _say)
 
+    def _write_decoder(self, folder: str, trained: decoder.FlowDecoder) -> None:
+        config = decoder.CONFIG | {"cap_feat_dim": decoder.FEATURES}
+        export.write_decoder(self.out / folder, trained.transformer, config)
+
+    @cached_property
     def _tokenizer(self) -> tokenizer.Tokenizer:
         torch.manual_seed(SEED)
         module = tokenizer.Tokenizer()
         return export.rounded(self._train("tokenizer", module, module.losses, tokenizer.SCHEDULE))
 
-    def _vae(self) -> tuple[vae.Autoencoder, float, float]:
+    @cached_property
+    def _autoencoder(self) -> vae.Autoencoder:
         torch.manual_seed(SEED)
         module = vae.Autoencoder()
         module = self._train("vae-half", module, module.half_losses, vae.HALF)
         module.requires_grad_(True)
-        module = export.rounded(self._train("vae-whole", module, module.whole_losses, vae.WHOLE))
-        mean, deviation = module.measure()
-        return module, 1 / deviation, mean
+        return export.rounded(self._train("vae-whole", module, module.whole_losses, vae.WHOLE))
 
+    @cached_property
     def _decoder(self) -> decoder.FlowDecoder:
         torch.manual_seed(SEED)
         module = decoder.FlowDecoder()
         self._train("decoder-positions", module, module.position_losses, decoder.POSITIONS)
         module.requires_grad_(True)
-        module.begin_with(self._tokenizer().book(decoder.FEATURES))
-        return self._train("decoder", module, decoder.picture_losses(module, *self._pictures()), decoder.PICTURES)
+        module.begin_with(self._tokenizer.book(decoder.FEATURES))
+        return self._train("decoder", module, decoder.picture_losses(module, *self._pictures), decoder.PICTURES)
 
+    @cached_property
     def _examples(self) -> list[backbone.Example]:
-        return data.examples(self.work, self._tokenizer(), print)
+        return data.examples(self.work, self._tokenizer, _say)
 
+    @cached_property
     def _pictures(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return data.codes(self.work, self._tokenizer(), print), data.latents(self.work, *self._vae(), print)
+        """Codes and latents."""
+        return data.codes(self.work, self._tokenizer, _say), data.latents(self.work, self._autoencoder, _say)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from ... import prompts
 from ...config import BackboneConfig
 from ...tokens import Tokens
 from ...vq import VQGrid
-from ..grammar import Change, Topic, caption, question
+from ..grammar import Topic, caption, question
 from ..world import Colour, Kind, Place, Scene, Shape
 from .loop import Schedule
 from .network import Network
@@ -79,7 +79,6 @@ class Example:
     scene: Scene
     small: list[list[int]]  # as it is drawn and edited
     large: list[list[int]]  # as it is understood
-    change: Change
     instruction: str
     result: Scene
     changed: list[list[int]]

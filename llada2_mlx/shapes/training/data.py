@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from ...files import replacing
 from ..grammar import Change, Edit, edit
-from ..world import Scene, draw_array, held_out, scenes
+from ..world import Scene, held_out, scenes
 from .backbone import Example
-from .loop import images_to_tensor
+from .pixels import drawn
 from .tokenizer import SMALL, Tokenizer
 from .vae import Autoencoder
 
@@ -29,30 +29,27 @@ def examples(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> 
 
     def encode(start: int) -> dict[str, torch.Tensor]:
         part = told[start : start + BATCH]
-        before, after = (
-            images_to_tensor(draw_array(scene) for scene in scenes_)
-            for scenes_ in ([scene for scene, _ in part], [made.result for _, made in part])
-        )
+        before, after = drawn(scene for scene, _ in part), drawn(made.result for _, made in part)
         codes = {"small": halved(before), "large": before, "changed": halved(after)}
         return {name: tokenizer.encode(pixels).short() for name, pixels in codes.items()}
 
     made_codes = _made(folder / "examples.pt", EXAMPLES, encode, say)
     return [
-        Example(scene, small, large, made.change, made.instruction, made.result, changed)
+        Example(scene, small, large, made.instruction, made.result, changed)
         for (scene, made), small, large, changed in zip(
             told, *(made_codes[name].tolist() for name in ("small", "large", "changed")), strict=True
         )
     ]
 
 
-def latents(folder: Path, vae: Autoencoder, scale: float, shift: float, say: Callable[[str], None]) -> torch.Tensor:
+def latents(folder: Path, vae: Autoencoder, say: Callable[[str], None]) -> torch.Tensor:
     """Latents [pictures, 16, 32, 32] of the decoder's pictures, kept in ``folder``."""
     told = list(islice(scenes("decoder"), PICTURES))
 
     def encode(start: int) -> dict[str, torch.Tensor]:
-        pixels = images_to_tensor(draw_array(scene) for scene in told[start : start + BATCH])
-        means = torch.cat([vae.model.encode(picture).latent_dist.mean for picture in pixels.split(5)])
-        return {"latents": ((means - shift) * scale).half()}
+        pictures = drawn(told[start : start + BATCH]).split(5)
+        means = torch.cat([vae.model.encode(picture).latent_dist.mean for picture in pictures])
+        return {"latents": ((means - vae.scaling["shift_factor"]) * vae.scaling["scaling_factor"]).half()}
 
     return _made(folder / "latents.pt", PICTURES, encode, say)["latents"]
 
@@ -62,8 +59,7 @@ def codes(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> tor
     told = list(islice(scenes("decoder"), PICTURES))
 
     def encode(start: int) -> dict[str, torch.Tensor]:
-        pixels = images_to_tensor(draw_array(scene) for scene in told[start : start + BATCH])
-        return {"codes": tokenizer.encode(halved(pixels)).short()}
+        return {"codes": tokenizer.encode(halved(drawn(told[start : start + BATCH]))).short()}
 
     return _made(folder / "codes.pt", PICTURES, encode, say)["codes"]
 

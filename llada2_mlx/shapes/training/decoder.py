@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ...imaging.decoder import FEATURE_UPSAMPLING, SigVQPrior, ode_times
+from ...imaging.decoder import FEATURE_UPSAMPLING, DecodeOptions, SigVQPrior, ode_times, shifted, upsampled
 from .loop import Schedule
 from .tokenizer import CODES
 
@@ -37,7 +37,7 @@ SIDE = 8  # codes
 PATCHES = (FEATURE_UPSAMPLING * SIDE) ** 2  # of two by two latents; there are as many features
 # layer -> where its first heads are told to look, in codes down and along from a patch's own
 LOOKS = {1: ((0, 0), (0, -1), (0, 1)), 2: ((0, 0), (-1, 0), (1, 0))}
-SHIFT = 6.0  # of the time grid when decoding
+SHIFT = DecodeOptions().time_shift
 DROPPED = 0.1  # share of pictures whose features are dropped, for guidance
 POSITIONS = Schedule(steps=400, rate=2e-3, warmup=50)
 PICTURES = Schedule(steps=4000, rate=1.5e-3, warmup=50, average=0.997)
@@ -75,9 +75,7 @@ class FlowDecoder(nn.Module):
 
     def features(self, codes: torch.Tensor) -> torch.Tensor:
         """[batch, rows, columns] codes -> [batch, patches, FEATURES]."""
-        for axis in (1, 2):
-            codes = codes.repeat_interleave(FEATURE_UPSAMPLING, dim=axis)
-        return self.prior(codes).flatten(1, 2)
+        return self.prior(upsampled(codes)).flatten(1, 2)
 
     def losses(self, codes: torch.Tensor, latents: torch.Tensor, looking: float) -> dict[str, torch.Tensor]:
         """Flow matching: the velocity from noise to ``latents`` at a time that decoding would ask about."""
@@ -85,8 +83,8 @@ class FlowDecoder(nn.Module):
         features = self.features(codes)
         kept = torch.rand(batch) >= DROPPED
         features = features * kept[:, None, None]
-        noise, even = torch.randn_like(latents), torch.rand(batch)
-        times = even / (even + SHIFT - SHIFT * even)
+        noise = torch.randn_like(latents)
+        times = shifted(torch.rand(batch), SHIFT)
         t = times[:, None, None, None]
         predicted = self.velocity(t * latents + (1 - t) * noise, times, features)
         flow = F.mse_loss(predicted, latents - noise)
@@ -97,8 +95,7 @@ class FlowDecoder(nn.Module):
         """Random codes; each has latents of its own, the same wherever it stands."""
         table = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
         codes = torch.randint(CODES, (BATCH, SIDE, SIDE))
-        upsampled = codes.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-        latents = rearrange(table[upsampled % 256], "b h w (p q c) -> b c (h p) (w q)", p=2, q=2)
+        latents = rearrange(table[upsampled(codes) % 256], "b h w (p q c) -> b c (h p) (w q)", p=2, q=2)
         return self.losses(codes, latents, looking=0.5)
 
 

@@ -1,19 +1,20 @@
-"""Trained modules -> the published layout: names, files and configs as every loader expects them. Weights in bf16."""
+"""The published layout on disk: names, files and configs as every loader expects them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from ...imaging.decoder import SigVQPrior
-from . import backbone, decoder, tokenizer, vae
-from .text import sentences, write_tokenizer
+from ...config import BackboneConfig
+from .text import write_tokenizer
 
-SIZES = {"drawing": 256, "understanding": 256, "editing": 128}
+Tensors = Mapping[str, torch.Tensor]
 
 
 @torch.no_grad()
@@ -25,59 +26,74 @@ def rounded(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def write_text(folder: Path) -> None:
-    """The backbone's config and its text tokenizer: what prompts are made of."""
+def write_text(folder: Path, config: BackboneConfig, sizes: dict[str, int], sentences: Iterable[str] = ()) -> None:
+    """The backbone's config and its text tokenizer: what prompts are made of.
+
+    Args:
+        sizes: in pixels, what the checkpoint states that it was made for.
+        sentences: what the tokenizer's merges are learned from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     published = {"model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "hidden_act": "silu"}
-    _write_json(folder / "config.json", published | {"image_sizes": SIZES} | asdict(backbone.CONFIG))
-    write_tokenizer(folder, backbone.TEXT_IDS, sentences())
+    write_json(folder / "config.json", published | {"image_sizes": sizes} | asdict(config))
+    write_tokenizer(folder, config.image_token_offset, sentences)
 
 
-def write_backbone(folder: Path, network: torch.nn.Module) -> None:
-    """The backbone's weights."""
-    _save(folder / "model.safetensors", network.state_dict())
+def write_backbone(folder: Path, tensors: Tensors, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The backbone's weights, by their published names."""
+    _save(folder / "model.safetensors", tensors, dtype)
 
 
-def write_image_tokenizer(folder: Path, trained: tokenizer.Tokenizer) -> None:
-    """The vision transformer and the quantiser."""
+def write_image_tokenizer(
+    folder: Path,
+    vision: torch.nn.Module,
+    quantiser: torch.nn.Module,
+    configs: dict[str, dict[str, Any]],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """The vision transformer and the quantiser; ``configs`` has theirs as ``vision_config`` and ``vq_config``."""
     path = folder / "image_tokenizer"
-    parts = {"model.visual.": trained.vision, "model.vqmodel.": trained.quantiser}
+    parts = {"model.visual.": vision, "model.vqmodel.": quantiser}
     tensors = {prefix + name: value for prefix, part in parts.items() for name, value in part.state_dict().items()}
-    _save(path / "image_tokenizer.safetensors", tensors)
-    configs = {"vision_config": tokenizer.VISION, "vq_config": tokenizer.QUANTISER}
-    _write_json(path / "config.json", {"model_type": "glm_image", **configs})
-    preprocessing = {"patch_size": tokenizer.PATCH, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    _write_json(path / "preprocessor_config.json", preprocessing)
+    _save(path / "image_tokenizer.safetensors", tensors, dtype)
+    write_json(path / "config.json", {"model_type": "glm_image", **configs})
+    patch = configs["vision_config"]["patch_size"]
+    write_json(
+        path / "preprocessor_config.json", {"patch_size": patch, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    )
 
 
-def write_prior(folder: Path, prior: SigVQPrior) -> None:
+def write_prior(folder: Path, tensors: Tensors, dtype: torch.dtype = torch.bfloat16) -> None:
     """The SigVQ prior, which both decoders share."""
-    tensors = {name: value.to(torch.bfloat16) for name, value in prior.state_dict().items()}
-    torch.save(tensors, folder / "image_tokenizer/sigvq_embedding.pt")
+    stored = {name: value.to(dtype) for name, value in tensors.items()}
+    torch.save(stored, folder / "image_tokenizer/sigvq_embedding.pt")
 
 
-def write_decoder(folder: Path, transformer: torch.nn.Module) -> None:
+def write_decoder(
+    folder: Path, transformer: torch.nn.Module, config: dict[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> None:
     """A diffusion decoder, into ``decoder`` or ``decoder-turbo``."""
     tensors = {
         name.replace("cap_embedder", "semantic_embedder"): value for name, value in transformer.state_dict().items()
     }
-    _save(folder / "decoder_model.safetensors", tensors)
-    config = {"_class_name": "ZImageTransformer2DModel", **decoder.CONFIG, "cap_feat_dim": decoder.FEATURES}
-    _write_json(folder / "config.json", config)
+    _save(folder / "decoder_model.safetensors", tensors, dtype)
+    write_json(folder / "config.json", {"_class_name": "ZImageTransformer2DModel", **config})
 
 
-def write_vae(folder: Path, trained: vae.Autoencoder, scale: float, shift: float) -> None:
-    """The VAE, with the scale and shift that bring its latents near to a standard normal distribution."""
-    _save(folder / "vae/diffusion_pytorch_model.safetensors", trained.model.state_dict())
-    config = {"_class_name": "AutoencoderKL", **vae.CONFIG, "scaling_factor": scale, "shift_factor": shift}
-    _write_json(folder / "vae/config.json", config)
+def write_vae(
+    folder: Path, model: torch.nn.Module, config: dict[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """The VAE; its config says how to scale and shift latents."""
+    _save(folder / "vae/diffusion_pytorch_model.safetensors", model.state_dict(), dtype)
+    write_json(folder / "vae/config.json", {"_class_name": "AutoencoderKL", **config})
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in tensors.items()}
-    save_file(stored, path, metadata={"format": "pt"})
-
-
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A config, as the published ones are written."""
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _save(path: Path, tensors: Tensors, dtype: torch.dtype) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {name: value.detach().to(dtype).contiguous() for name, value in tensors.items()}
+    save_file(stored, path, metadata={"format": "pt"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +103,3 @@ def _log(path: Path, step: int, seconds: float, means: dict[str, float]) -> None
     columns = rows[0].split("\t")[2:]
     numbers = (f"{means[column]:.4f}" if column in means else "" for column in columns)
     path.write_text("\n".join([*rows, "\t".join([str(step), f"{seconds / 60:.1f}", *numbers])]) + "\n")
-
-
-def images_to_tensor(arrays: Iterable) -> torch.Tensor:
-    """[height, width, 3] uint8 arrays -> [batch, 3, height, width] floats in -1 .. 1."""
-    batch = torch.stack([torch.from_numpy(array) for array in arrays])
-    return batch.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GlmImageVisionConfig, GlmImageVisionModel, GlmImageVQVAE, GlmImageVQVAEConfig
 
-from ..world import SIDE, Colour, Kind, Scene, draw_array, random_scene
-from .loop import Schedule, images_to_tensor
+from ..world import SIDE, Colour, Kind, Scene, random_scene
+from .loop import Schedule
+from .pixels import drawn
 
 CODES = 2048
 CODE_WIDTH = 16
@@ -36,10 +37,10 @@ VISION = {
     "attention_bias": True,
 }
 QUANTISER = {"num_embeddings": CODES, "embed_dim": CODE_WIDTH, "latent_channels": WIDTH, "in_channels": 3}
+CONFIGS = {"vision_config": VISION, "vq_config": QUANTISER}
 SCHEDULE = Schedule(steps=2200, rate=1e-3, warmup=100)
 BATCH, LARGE_BATCH = 24, 4
 REBUILD_WIDTH = 64
-NOTHING = 0  # the class of a patch without a shape
 
 
 class Tokenizer(nn.Module):
@@ -77,7 +78,7 @@ class Tokenizer(nn.Module):
     def _spread(self) -> None:
         """Begin with features that differ: the main directions in which the untrained transformer's output varies."""
         rng = random.Random("spread")
-        outputs = self._transform(images_to_tensor(draw_array(random_scene(rng)) for _ in range(8))).flatten(0, 1)
+        outputs = self._transform(drawn(random_scene(rng) for _ in range(8))).flatten(0, 1)
         mean = outputs.mean(dim=0)
         _, lengths, directions = torch.linalg.svd(outputs - mean, full_matrices=False)
         weight = directions[:CODE_WIDTH] / lengths[:CODE_WIDTH, None] * len(outputs) ** 0.5
@@ -140,7 +141,7 @@ class Tokenizer(nn.Module):
         for name, batch in (("small", BATCH), ("large", LARGE_BATCH)):
             # full pictures, more than the world has: there is more to learn in them
             scenes = [random_scene(rng, rng.choice((2, 3, 4, 4, 4))) for _ in range(batch)]
-            pixels = images_to_tensor(draw_array(scene) for scene in scenes)
+            pixels = drawn(scenes)
             if name == "small":
                 pixels = F.avg_pool2d(pixels, 2)
             told |= self._losses(name, _worn(pixels), pixels, *patch_names(scenes, pixels.shape[-1] // PATCH))

@@ -6,6 +6,7 @@ Its normalisation sees a whole picture, so pieces of pictures would teach it oth
 from __future__ import annotations
 
 import random
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -13,8 +14,9 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
 
-from ..world import draw_array, scenes
-from .loop import Schedule, images_to_tensor
+from ..world import scenes
+from .loop import Schedule
+from .pixels import drawn
 
 CONFIG = {
     "block_out_channels": [16, 16, 32, 32],
@@ -32,6 +34,7 @@ HALF = Schedule(steps=2000, rate=2e-3, warmup=100, decay=0.0)
 WHOLE = Schedule(steps=2300, rate=1.5e-3, warmup=20, decay=0.0, average=0.995)
 DECODING = Schedule(steps=900, rate=1.5e-3, warmup=20, decay=0.0, average=0.99)
 HALF_BATCH = 4
+MEASURED = 64  # pictures
 ROUGHNESS = 0.1  # of the latents in the last stage: those that the flow decoder makes are not exact
 DIVERGENCE = 1e-4  # weight of the latents' divergence from a normal distribution
 
@@ -45,16 +48,15 @@ class Autoencoder(nn.Module):
 
     def half_losses(self, step: int, rng: random.Random) -> dict[str, torch.Tensor]:
         """Pictures of half the size, rebuilt."""
-        told = islice(scenes(f"vae {step}"), HALF_BATCH)
-        return self._losses(F.avg_pool2d(images_to_tensor(draw_array(scene) for scene in told), 2))
+        return self._losses(F.avg_pool2d(drawn(islice(scenes(f"vae {step}"), HALF_BATCH)), 2))
 
     def whole_losses(self, step: int, rng: random.Random) -> dict[str, torch.Tensor]:
         """A picture, rebuilt."""
-        return self._losses(images_to_tensor([draw_array(next(scenes(f"vae whole {step}")))]))
+        return self._losses(drawn([next(scenes(f"vae whole {step}"))]))
 
     def decoding_losses(self, step: int, rng: random.Random) -> dict[str, torch.Tensor]:
         """A picture from slightly wrong latents; only the decoder learns, and other stages may use the encoder already."""
-        pixels = images_to_tensor([draw_array(next(scenes(f"vae decoding {step}")))])
+        pixels = drawn([next(scenes(f"vae decoding {step}"))])
         with torch.no_grad():
             latents = self.model.encode(pixels).latent_dist.mean
         noisy = latents + ROUGHNESS * latents.std() * torch.randn_like(latents) * torch.rand(1)
@@ -67,12 +69,13 @@ class Autoencoder(nn.Module):
         divergence = DIVERGENCE * posterior.kl().mean() / posterior.mean[0].numel()
         return {"loss": error + divergence, "pixels": error, "divergence": divergence}
 
+    @cached_property
     @torch.no_grad()
-    def measure(self, pictures: int = 64) -> tuple[float, float]:
-        """Mean and standard deviation of the latents, for the config's shift and scale."""
-        pixels = images_to_tensor(draw_array(scene) for scene in islice(scenes("vae measure"), pictures))
+    def scaling(self) -> dict[str, float]:
+        """``scaling_factor`` and ``shift_factor``, which bring the latents near to a standard normal distribution."""
+        pixels = drawn(islice(scenes("vae measure"), MEASURED))
         latents = torch.cat([self.model.encode(picture[None]).latent_dist.mean for picture in pixels])
-        return float(latents.mean()), float(latents.std())
+        return {"scaling_factor": 1 / float(latents.std()), "shift_factor": float(latents.mean())}
 
 
 def _error(built: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
