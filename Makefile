@@ -14,13 +14,13 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-# Trains a small model on Shapes from scratch, into build/shapes; stopped anywhere, the next call goes on.
+# Trains the built-in model from scratch; stopped anywhere, the next call goes on.
 shapes: $(VENV)/.ready
 	$(BIN)/python -m llada2_mlx.shapes.training
 
-# The table of what that model can do.
+# The table of what the built-in model can do.
 evaluate: $(VENV)/.ready
-	$(BIN)/python -m llada2_mlx.shapes.measures --model build/shapes/checkpoint
+	$(BIN)/python -m llada2_mlx.shapes.measures
 
 lint: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet ruff

@@ -19,7 +19,7 @@ from .errors import CheckpointError
 from .sizes import ImageSizes
 
 HUB_MODEL = "inclusionAI/LLaDA2.0-Uni"
-BUILT_IN = Path(__file__).parent / "builtin"
+BUILT_IN = Path(__file__).parent / "builtin/shapes"
 
 
 class Part(Enum):

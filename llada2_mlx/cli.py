@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 SAMPLERS = {"ode": "ODE", "published": "as published"}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
 PURPOSES = {"understand": "understand", "edit": "edit", "edit-published": "edit as published"}
-DEMO_PROMPT = "A red circle on a white table."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,21 +130,13 @@ def info(a: argparse.Namespace) -> None:
 
 
 def demo(a: argparse.Namespace) -> None:
-    """Draw a picture, ask about it and edit it, into a folder."""
-    folder = Path(a.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = str(folder / "picture.png")
-    common = ["--model", a.model]
-    for command in (
-        ["t2i", DEMO_PROMPT, "--output", picture],
-        ["understand", picture, "What is in the picture?", "--max-new-tokens", "32"],
-        ["edit", picture, "Make the circle blue.", "--output", str(folder / "edited.png")],
-    ):
-        print("$ llada2-mlx", " ".join(f"'{word}'" if " " in word else word for word in command))
-        arguments = _parser().parse_args([command[0], *common, *command[1:]])
-        arguments.command(arguments)
+    """Draw, ask and edit, into a folder with a page to look at."""
+    from .shapes import gallery
+    from .shapes.studio import Studio
+
+    gallery.make(Path(a.folder), Studio(resolve(a.model, *Part)))
     if a.model == str(BUILT_IN):
-        print("The built-in model has random weights, so the pictures are noise and the answer means nothing.")
+        print("This is Shapes, the toy that is built in; it knows flat shapes in four places, and no other words.")
 
 
 class _Bars:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..llada2_mlx.progress import OnStep, Progress
     from ..llada2_mlx.tokens import Tokens
 
-BUILT_IN = "Built-in (tiny, random)"
+BUILT_IN = "Shapes (built in)"
 _FOLDER = "llada2"
 _PACKAGES = ("mlx", "mlx_lm", "transformers", "diffusers", "safetensors", "huggingface_hub", "einops", "torchdiffeq")
 _TEXT_INTERVAL = 0.1  # seconds between two texts sent to the canvas

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from synthetic import tiny
 
 from llada2_mlx import cli
+from llada2_mlx.shapes import gallery
 from llada2_mlx.vq import VQGrid
 
 
@@ -167,11 +169,17 @@ def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_demo(run) -> None:
-    status, out, _ = run("demo", "demo")
-    assert status == 0
-    assert {path.name for path in Path("demo").iterdir()} == {"picture.png", "edited.png"}
-    assert "random weights" in out
+def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", str(tmp_path / "demo")]) == 0
+    assert "Shapes" in capsys.readouterr().out
+    page = (tmp_path / "demo/gallery.html").read_text()
+    shown = re.findall(r'src="([^"]+)"', page)
+    assert len(shown) == len(gallery.PROMPTS) + len({index for index, _ in gallery.QUESTIONS}) + 2 * len(gallery.EDITS)
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {*shown, "gallery.html", "gallery.png"}
+    for text in (*gallery.PROMPTS, *(words for _, words in (*gallery.QUESTIONS, *gallery.EDITS))):
+        assert text in page
+    with Image.open(tmp_path / "demo/gallery.png") as sheet:
+        assert sheet.width > 1000
 
 
 def test_a_size_that_a_model_was_not_made_for_is_warned_of(run) -> None:

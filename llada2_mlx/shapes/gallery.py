@@ -22,14 +22,13 @@ QUESTIONS = (
     (1, "How many shapes are there?"),
     (1, "What colour is the ring?"),
     (2, "Where is the star?"),
-    (3, "Is there a red circle?"),
+    (3, "What colour is the square?"),
 )
 EDITS = (
-    (0, "Make the circle green."),
-    (1, "Remove the triangle."),
-    (2, "Move the ring to the bottom right."),
-    (3, "Add a large blue star in the top right."),
+    (0, "Change the colour of the circle to yellow."),
+    (0, "Paint the star purple."),
     (0, "Change the background to grey stripes."),
+    (0, "Put it on a light blue gradient."),
 )
 _TILE, _MARGIN, _TEXT, _LINES = 256, 12, 18, 4
 
@@ -47,7 +46,7 @@ def make(folder: Path, studio: Studio, say: Callable[[str], None] = print) -> No
     for index, question in QUESTIONS:
         answer = studio.ask(drawn[index], question)
         say(f"asking: {question} {answer}")
-        answered.setdefault(index, []).append(f"{question} – {answer}")
+        answered.setdefault(index, []).append(f"{question} {answer}")
     rows.append([(drawn[index], "\n".join(lines)) for index, lines in answered.items()])
     for index, instruction in EDITS:
         say(f"editing: {instruction}")

@@ -147,16 +147,16 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> Non
     count = lambda full: max(1, round(full * scale))
     rows: Iterable[tuple[str, str, Callable[[], object]]] = (
         ("text to image", "90 %", lambda: text_to_image(studio, count(200))),
-        ("text to image, guidance 1.0", "less than at 2.0", lambda: text_to_image(studio, count(200), guidance=1.0)),
-        ("text to image, guidance 0", "near chance", lambda: text_to_image(studio, count(50), guidance=0.0)),
+        ("text to image, guidance 1.0", "less than at 2.0", lambda: text_to_image(studio, count(50), guidance=1.0)),
+        ("text to image, guidance 0", "near chance", lambda: text_to_image(studio, count(25), guidance=0.0)),
         (
             "text to image, full decoder",
             "within 5 points of turbo",
-            lambda: text_to_image(studio, count(100), turbo=False),
+            lambda: text_to_image(studio, count(25), turbo=False),
         ),
         ("picture, codes, picture", "95 %", lambda: round_trip(studio, count(200))),
         ("question about a drawn picture", "90 %, each kind 80 %", lambda: answers(studio, count(300))),
-        ("question about its own picture", "85 %", lambda: own_answers(studio, count(100))),
+        ("question about its own picture", "85 %", lambda: own_answers(studio, count(50))),
         ("edit", "80 %, each kind 60 %", lambda: edited(studio, count(100))),
     )
     say("| measure | should be | is |\n|---|---|---|")

@@ -59,7 +59,7 @@ assert backbone.loaded_size() == 0 and not loaded()
 drawing = tasks.text_to_vq(backbone, "a cat", on_step=NOTHING)
 assert backbone.loaded_size() == backbone.size and backbone.current_loaded_device() == backbone.load_device
 assert mx.get_active_memory() - before >= 0.9 * backbone.size
-assert loaded() == {"backbone of builtin"}
+assert loaded() == {"backbone of shapes"}
 assert mx.get_cache_memory() == 0  # a run leaves its weights behind, and nothing else
 
 # running again loads nothing again
@@ -73,7 +73,7 @@ decoder = host.image_part(host.BUILT_IN, Part.DECODER_TURBO)
 assert host.image_part(host.BUILT_IN, Part.DECODER_TURBO) is decoder
 transformer = weakref.ref(decoder.get(NOTHING))
 assert decoder.get(NOTHING) is transformer()
-assert loaded() == {"backbone of builtin", "turbo decoder of builtin"}
+assert loaded() == {"backbone of shapes", "turbo decoder of shapes"}
 
 # no memory is needed, so nothing goes
 free(0)
@@ -87,7 +87,7 @@ assert mx.get_active_memory() - before < 0.1 * backbone.size
 
 # the handle that a socket holds works again, and gives the same
 assert tasks.text_to_vq(backbone, "a cat", on_step=NOTHING).grid == drawing.grid
-assert loaded() == {"backbone of builtin"}
+assert loaded() == {"backbone of shapes"}
 model_management.unload_all_models()
 gc.collect()
 assert not loaded()

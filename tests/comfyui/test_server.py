@@ -12,8 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llada2_mlx.checkpoint import BUILT_IN
+from llada2_mlx.shapes.detector import read
+from llada2_mlx.shapes.world import Colour, Kind, Place
 
 NODES = ["LoadLLaDA2Backbone", "SigLIPVQEncode", "LLaDA2TextToVQ", "LLaDA2Understand", "LLaDA2Edit", "ZImageDecode"]
+# what the shipped prompts ask for, as the detector reads it
+STAR = (Kind.STAR, Colour.BLUE, Place.BOTTOM_RIGHT)
+DRAWN, EDITED = ({(Kind.CIRCLE, colour, Place.TOP_LEFT), STAR} for colour in (Colour.RED, Colour.YELLOW))
+ANSWER = "A red circle in the top left and a blue star in the bottom right, on a plain white background."
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 
 
@@ -62,7 +68,7 @@ def test_defaults_are_the_models_own(comfy: Comfy) -> None:
 def test_the_models_that_are_offered(comfy: Comfy) -> None:
     for node in ("LoadLLaDA2Backbone", "SigLIPVQEncode", "ZImageDecode"):
         options = comfy.get(f"/object_info/{node}")[node]["input"]["required"]["model"][1]["options"]
-        assert options == ["Built-in (tiny, random)", "empty", "golden", "partial", "inclusionAI/LLaDA2.0-Uni"]
+        assert options == ["Shapes (built in)", "empty", "golden", "partial", "inclusionAI/LLaDA2.0-Uni"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,10 +80,12 @@ def test_a_shipped_workflow_runs_to_its_end(comfy: Comfy, name: str) -> None:
     for path in images:
         with Image.open(path) as image:
             image.load()
-            assert image.width >= 256 and len(set(image.convert("L").tobytes())) > 16  # a picture, not one colour
+            assert image.width >= 256
+            found = read(image)
+        edited = name == "edit_a_picture" and "after" in path.name
+        assert found is not None and found.layout() == (EDITED if edited else DRAWN), path.name
     if name == "ask_about_a_picture":
-        (text,) = run.outputs["6"]["text"]
-        assert text
+        assert run.outputs["6"]["text"] == [ANSWER]
 
 
 def test_the_upscaled_picture_is_twice_as_large(comfy: Comfy) -> None:
@@ -124,7 +132,7 @@ def test_the_answer_grows_on_the_canvas(comfy: Comfy, unique: str) -> None:
 
 
 def test_cancel_ends_within_a_step_and_the_next_run_works(comfy: Comfy, unique: str) -> None:
-    slow = workflow("edit_a_picture", **{"5": {"instruction": unique, "threshold": 1.0}})
+    slow = workflow("edit_a_picture", **{"5": {"instruction": unique, "threshold": 1.0, "steps": 32}})
     asked = []
 
     def cancel(kind: str, data: dict) -> None:
@@ -242,7 +250,7 @@ def test_a_bad_size_is_refused_when_queueing(comfy: Comfy, side: int) -> None:
         ("ask_about_a_picture", "5", {"question": ""}, "The question is empty."),
         ("edit_a_picture", "5", {"instruction": "\n"}, "The instruction is empty."),
         ("ask_about_a_picture", "4", {"size": 100}, "The size is 100"),
-        ("text_to_image", "1", {"model": "gone"}, "There is no model 'gone'. There are: Built-in"),
+        ("text_to_image", "1", {"model": "gone"}, "There is no model 'gone'. There are: Shapes"),
         ("text_to_image", "1", {"model": "empty"}, "has no complete backbone"),
         ("text_to_image", "3", {"model": "partial"}, "has no complete turbo decoder: decoder-turbo/config.json"),
         ("picture_codes_picture", "4", {"model": "empty"}, "has no complete image tokenizer"),
@@ -286,6 +294,8 @@ def test_a_size_that_the_model_was_not_made_for_is_warned_of(comfy: Comfy, uniqu
     run = ran(comfy.run(workflow("text_to_image", **asked)))
     for node in ("2", "3"):
         assert any("made for drawing at 256 x 256" in text for name, text in run.texts if name == node)
+    run = ran(comfy.run(workflow("ask_about_a_picture", **{"2": {"prompt": unique}, "4": {"size": 128}})))
+    assert any("made for understanding at 256 x 256" in text for name, text in run.texts if name == "4")
 
 
 def test_linked_text_is_checked_first_thing_in_the_run(comfy: Comfy) -> None:
@@ -332,7 +342,7 @@ def test_a_prompt_that_is_too_long(comfy: Comfy) -> None:
 
 def test_a_grid_of_another_model_is_refused(comfy: Comfy) -> None:
     run = comfy.run(workflow("text_to_image", **{"3": {"model": "golden"}}))
-    assert "The grid was made by a model with 256 codes; the decoder of golden knows 128." in failed(run, "3")
+    assert "The grid was made by a model with 2048 codes; the decoder of golden knows 128." in failed(run, "3")
     run = comfy.run(workflow("ask_about_a_picture", **{"4": {"model": "golden"}}))
     assert "The grid's codes are of a codebook of 128" in failed(run, "5")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoint import Checkpoint
+from ...checkpoint import BUILT_IN, Checkpoint
 from ...tokens import Tokens
 from ..world import SIDE
 from . import backbone, data, decoder, export, text, tokenizer, vae
@@ -25,7 +25,7 @@ def main() -> None:
     """Run the stages; what is done already is only read."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="where states and data are kept")
-    parser.add_argument("--out", type=Path, default=Path("build/shapes/checkpoint"), help="the checkpoint to write")
+    parser.add_argument("--out", type=Path, default=BUILT_IN, help="the checkpoint to write")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES, help="all if left out")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()

@@ -59,17 +59,21 @@ CONFIG = BackboneConfig(
 BLOCK = 32
 SCHEDULE = Schedule(steps=5000, rate=2e-3, warmup=150, average=0.998)
 BATCHES = {"draw": 20, "edit": 14, "ask": 8, "ask small": 16}  # pictures, each with QUESTIONS where it is asked about
-TURNS = ("draw", "edit", "draw", "ask", "draw", "edit", "ask small", "draw", "edit", "ask")
+TURNS = {  # first step -> tasks in turn; drawing is learned first
+    0: ("draw", "edit", "draw", "ask", "draw", "edit", "ask small", "draw", "edit", "ask"),
+    2500: ("edit", "ask", "draw", "edit", "edit", "ask", "ask small", "edit", "draw", "ask"),
+    3600: ("edit", "ask", "edit", "edit", "draw", "edit", "ask", "edit", "edit", "edit"),
+}
 QUESTIONS = 5
 SIDES = 16  # rows and columns of the largest grid
 PLACED_LAYER, LOOKING_LAYER, CHANGING_LAYER = 1, 2, 3
 SOURCE_HEAD, PART_HEAD = 0, CONFIG.num_attention_heads // CONFIG.num_key_value_heads  # with keys of their own
-PLACING, LOOKING, NAMING = 0.1, 0.1, 0.5  # weights of the additional losses
+PLACING, LOOKING, NAMING = 0.3, 0.2, 0.5  # weights of the additional losses
 PARTS = {place: 1 << number for number, place in enumerate(Place)}  # what a token tells of, as bits
 INSTRUCTION = 1 << len(Place)
 PADDING_LEARNED = 0.1  # share of the ends after the first that are to be learned
 NAMES = (1 + len(Colour)) * (1 + len(Kind))
-DROPPED = 0.1  # share of prompts, instructions and (half of it) source pictures that are left out, for guidance
+DROPPED = 0.1  # share of prompts, (twice it) instructions and (half of it) source pictures left out, for guidance
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ class Curriculum:
 
     def _edit(self, example: Example, rng: random.Random) -> Packed:
         branches = prompts.edit(self.tokens, _grid(example.small), example.instruction).branches
-        branch = rng.choices(branches, (1 - 1.5 * DROPPED, DROPPED, DROPPED / 2))[0]
+        branch = rng.choices(branches, (1 - 2.5 * DROPPED, 2 * DROPPED, DROPPED / 2))[0]
         sequence, asks, scene, result = Packed(), {}, example.scene, example.result
         changed = [place for place in Place if scene.at(place) != result.at(place)]
         if branch is not branches[2]:
@@ -369,7 +373,8 @@ def losses(learner: Learner, curriculum: Curriculum):
     """The losses of a step for ``loop.train``; the tasks take turns."""
 
     def of(step: int, rng: random.Random) -> dict[str, torch.Tensor]:
-        task = TURNS[step % len(TURNS)]
+        turns = TURNS[max(first for first in TURNS if first <= step)]
+        task = turns[step % len(turns)]
         return learner.losses(task, curriculum.batch(task, rng))
 
     return of

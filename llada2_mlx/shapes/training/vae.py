@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
 
-from ..world import scenes
+from ..world import Colour, Tone, scenes
 from .loop import Schedule
 from .pixels import drawn
 
@@ -32,10 +32,10 @@ CONFIG = {
 }
 HALF = Schedule(steps=2000, rate=2e-3, warmup=100, decay=0.0)
 WHOLE = Schedule(steps=2300, rate=1.5e-3, warmup=20, decay=0.0, average=0.995)
-DECODING = Schedule(steps=900, rate=1.5e-3, warmup=20, decay=0.0, average=0.99)
+DECODING = Schedule(steps=4500, rate=1.5e-3, warmup=20, decay=0.0, average=0.99)
 HALF_BATCH = 4
 MEASURED = 64  # pictures
-ROUGHNESS = 0.1  # of the latents in the last stage: those that the flow decoder makes are not exact
+ROUGHNESS = 0.3  # of the latents in the last stage: those that the flow decoder makes are not exact
 DIVERGENCE = 1e-4  # weight of the latents' divergence from a normal distribution
 
 
@@ -56,7 +56,15 @@ class Autoencoder(nn.Module):
 
     def decoding_losses(self, step: int, rng: random.Random) -> dict[str, torch.Tensor]:
         """A picture from slightly wrong latents; only the decoder learns, and other stages may use the encoder already."""
-        pixels = drawn([next(scenes(f"vae decoding {step}"))])
+        told = scenes(f"vae decoding {step}")
+        if step % 2:  # the colour whose latents differ least from those of the backgrounds, of one most of all
+            tones = (Tone.BEIGE,) if step % 4 == 1 else Tone
+            told = (
+                scene
+                for scene in told
+                if scene.background.tone in tones and any(shape.colour is Colour.PINK for shape in scene.shapes)
+            )
+        pixels = drawn([next(told)])
         with torch.no_grad():
             latents = self.model.encode(pixels).latent_dist.mean
         noisy = latents + ROUGHNESS * latents.std() * torch.randn_like(latents) * torch.rand(1)
