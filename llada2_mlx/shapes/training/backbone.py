@@ -218,7 +218,7 @@ class Curriculum:
         sequence, prompt = Packed(), unconditional
         if rng.random() >= DROPPED:
             prompt, start = conditional, _find(conditional, self.tokens.encode(text))
-            for shape, (_, end) in self._phrases(text, example.scene).items():
+            for shape, end in self._phrases(text, example.scene).items():
                 sequence.telling[start + end - 1] = PARTS[shape.place]
                 sequence.named[start + end - 1] = _name(shape)
         asks = {place: PARTS[place] for place in Place if example.scene.at(place)}
@@ -287,8 +287,8 @@ class Curriculum:
             answer = self.tokens.encode(asked.answer)
             if topic is Topic.DESCRIPTION:
                 phrases, begun = {}, 0
-                for shape, (_, end) in self._phrases(asked.answer, scene).items():
-                    phrases |= {place: PARTS[shape.place] for place in range(begun, end)}
+                for shape, end in self._phrases(asked.answer, scene).items():
+                    phrases |= dict.fromkeys(range(begun, end), PARTS[shape.place])
                     begun = end
             else:
                 about = sum(PARTS[shape.place] for shape in asked.about)
@@ -302,14 +302,10 @@ class Curriculum:
             )
         return sequence
 
-    def _phrases(self, text: str, scene: Scene) -> dict[Shape, tuple[int, int]]:
-        """Where in a text, in tokens, the words for each shape's place begin and end; in the order of the text."""
-        found = {}
-        for shape in sorted(scene.shapes, key=lambda shape: text.index(shape.place.value)):
-            start = text.index(shape.place.value)
-            end = start + len(shape.place.value)
-            found[shape] = len(self.tokens.encode(text[:start])), len(self.tokens.encode(text[:end]))
-        return found
+    def _phrases(self, text: str, scene: Scene) -> dict[Shape, int]:
+        """Where in a text, in tokens, what is said of each shape ends, with its place; in the order of the text."""
+        ends = {shape: text.index(shape.place.value) + len(shape.place.value) for shape in scene.shapes}
+        return {shape: len(self.tokens.encode(text[:end])) for shape, end in sorted(ends.items(), key=lambda x: x[1])}
 
     @staticmethod
     def _tell(sequence: Packed, first: int, scene: Scene, side: int) -> None:
