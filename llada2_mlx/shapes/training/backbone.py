@@ -335,7 +335,7 @@ class Learner(nn.Module):
         """Cross entropy of the masked tokens, and the additional losses."""
         inner: list[torch.Tensor] = []
         hidden = self.network(batch["ids"], batch["positions"], batch["mask"], inner)
-        learned, cells, sources, names = (batch[name] >= 0 for name in ("targets", "cells", "sources", "names"))
+        learned, cells, names = (batch[name] >= 0 for name in ("targets", "cells", "names"))
         loss = F.cross_entropy(self.network.lm_head(hidden[learned]), batch["targets"][learned])
         by_row, by_column = self.placed(inner[PLACED_LAYER][cells]).chunk(2, dim=-1)
         cell = batch["cells"][cells]
@@ -350,7 +350,7 @@ class Learner(nn.Module):
                 told[f"name {layer}"] = F.cross_entropy(self.named(inner[layer][which]), batch["names"][which])
                 told["loss"] = told["loss"] + NAMING * told[f"name {layer}"]
         part, wanted = batch["parts"][:, None, :], batch["asks"][:, :, None]
-        at_source = F.one_hot(batch["sources"].clamp_min(0), sources.shape[1]).bool() & sources[..., None]
+        at_source = batch["sources"][:, :, None] == torch.arange(part.shape[-1])
         for name, layer, head, right in (
             ("source", LOOKING_LAYER, SOURCE_HEAD, at_source),
             ("part", LOOKING_LAYER, PART_HEAD, (part & wanted & (INSTRUCTION - 1)) > 0),
@@ -378,13 +378,16 @@ def losses(learner: Learner, curriculum: Curriculum):
 
 def _name(shape: Shape | None) -> int:
     """The class of a shape, by colour and kind; 0 for none."""
-    return (1 + list(Colour).index(shape.colour)) * (1 + len(Kind)) + 1 + list(Kind).index(shape.kind) if shape else 0
+    return _class(1 + list(Colour).index(shape.colour), 1 + list(Kind).index(shape.kind)) if shape else 0
 
 
 def _names(scene: Scene, side: int) -> list[int]:
     """The class of what each code of a picture is part of."""
-    colours, kinds = patch_names([scene], side)
-    return (colours * (1 + len(Kind)) + kinds).flatten().tolist()
+    return _class(*patch_names([scene], side)).flatten().tolist()
+
+
+def _class(colour: int | torch.Tensor, kind: int | torch.Tensor) -> int | torch.Tensor:
+    return colour * (1 + len(Kind)) + kind
 
 
 @cache
