@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 import torch
 
-from llada2_mlx import prompts
+from llada2_mlx import diffusion, prompts
 from llada2_mlx.backbone import Backbone
 from llada2_mlx.checkpoint import Checkpoint, Part
 from llada2_mlx.imaging import load_part
 from llada2_mlx.progress import Progress
-from llada2_mlx.shapes.grammar import Change, edit
+from llada2_mlx.shapes.grammar import Change, Question, Topic, edit
 from llada2_mlx.shapes.training import backbone, data, decoder, export, loop, tokenizer
 from llada2_mlx.shapes.training.network import Network
 from llada2_mlx.shapes.training.pixels import drawn
 from llada2_mlx.shapes.training.text import sentences
-from llada2_mlx.shapes.world import Kind, Place, draw, scenes
+from llada2_mlx.shapes.world import (
+    Background,
+    Colour,
+    Kind,
+    Pattern,
+    Place,
+    Scene,
+    Shape,
+    Size,
+    Tone,
+    draw,
+    held_out_shape,
+    scenes,
+)
 from llada2_mlx.tokens import Tokens
 
 
@@ -55,15 +68,15 @@ def curriculum(folder: Path) -> backbone.Curriculum:
     return backbone.Curriculum(Tokens(Checkpoint(folder)), examples)
 
 
-def block_causal(length: int) -> torch.Tensor:
-    block = torch.arange(length) // backbone.BLOCK
+def block_causal(positions: torch.Tensor) -> torch.Tensor:
+    block = positions // backbone.BLOCK
     return (block[None] <= block[:, None])[None]
 
 
 @torch.no_grad()
 def test_the_trainer_and_mlx_compute_the_same(folder: Path, network: Network) -> None:
     ids = torch.randint(backbone.CONFIG.vocab_size, (2, 70), generator=torch.Generator().manual_seed(1))
-    mask = block_causal(70).expand(2, -1, -1)
+    mask = block_causal(torch.arange(70)).expand(2, -1, -1)
     hidden = network(ids, torch.arange(70).expand(2, -1), mask)
     opened = Backbone(Checkpoint(folder), "float32")
 
@@ -86,17 +99,21 @@ def test_a_noisy_copy_sees_what_generation_will_see(curriculum, network: Network
     mask_id, checked = curriculum.tokens.mask, 0
     for row in range(2):
         ids, positions, targets = (batch[name][row] for name in ("ids", "positions", "targets"))
-        starts = [i for i in range(0, len(ids), backbone.BLOCK) if (targets[i : i + backbone.BLOCK] >= 0).any()]
+        starts = [
+            i
+            for i in range(len(ids))
+            if positions[i] % backbone.BLOCK == 0 and (targets[i : i + backbone.BLOCK] >= 0).any()
+        ]
         for start in starts:
             own = slice(start, start + backbone.BLOCK)
-            before = int(positions[start])
             seen = batch["mask"][row, start].nonzero().flatten()
             order = positions[seen].argsort()
             seen = seen[order]
-            assert positions[seen].tolist() == list(range(before + backbone.BLOCK))  # each position once
-            plain = ids[seen]
+            begin, before = int(positions[seen[0]]), int(positions[start])
+            assert positions[seen].tolist() == list(range(begin, before + backbone.BLOCK))  # each position once
+            plain, before = ids[seen], before - begin
             assert (plain[before:] == ids[own]).all() and mask_id not in plain[:before]
-            alone = network(plain[None], positions[seen][None], block_causal(len(plain)))[0]
+            alone = network(plain[None], positions[seen][None], block_causal(positions[seen]))[0]
             assert torch.allclose(alone[before:], hidden[row, own], atol=1e-4)
             checked += 1
     assert checked >= 4
@@ -113,18 +130,17 @@ def test_what_is_learned_is_the_response_and_only_where_it_is_masked(curriculum)
 
 def test_an_edit_is_told_to_look_at_the_same_place_of_its_source(curriculum) -> None:
     example = replace(curriculum.examples[0], changed=curriculum.examples[0].small)  # nothing changes
-    sequence = None
-    while sequence is None or max(sequence.sources) < 0:
-        sequence = curriculum._edit(example, random.Random(5))
-    for index, source in enumerate(sequence.sources):
-        if source >= 0 and sequence.targets[index] >= 0:
-            assert sequence.ids[source] == sequence.targets[index]
-            assert sequence.cells[source] == sequence.cells[index]
+    for sequence in curriculum._edit(example, random.Random(5))[:2]:
+        told = [index for index, source in enumerate(sequence.sources) if source >= 0 and sequence.targets[index] >= 0]
+        assert len(told) > 10
+        for index in told:
+            assert sequence.ids[sequence.sources[index]] == sequence.targets[index]
+            assert sequence.cells[sequence.sources[index]] == sequence.cells[index]
 
 
 def test_a_masked_code_is_told_what_it_will_be_part_of(curriculum) -> None:
     example = curriculum.examples[0]
-    sequence = curriculum._draw(example, random.Random(1))
+    (sequence,) = curriculum._draw(example, random.Random(1))
     told = [index for index, name in enumerate(sequence.names) if name >= 0 and sequence.targets[index] >= 0]
     assert len(told) > 10
     for index in told:
@@ -139,7 +155,7 @@ def test_a_masked_code_is_told_what_it_will_be_part_of(curriculum) -> None:
 def test_a_code_that_is_drawn_is_told_to_look_at_the_words_for_its_place(curriculum) -> None:
     tokens, checked = curriculum.tokens, 0
     for example, seed in zip(curriculum.examples, range(5), strict=False):
-        sequence = curriculum._draw(example, random.Random(seed))
+        (sequence,) = curriculum._draw(example, random.Random(seed))
         words = once(sequence, lambda part: part)
         assert len(words) in (0, len(example.scene.shapes))
         for index in words:
@@ -156,7 +172,7 @@ def test_a_code_that_is_drawn_is_told_to_look_at_the_words_for_its_place(curricu
 @pytest.mark.parametrize(("task", "side"), [("_ask", 16), ("_ask_small", 8)])
 def test_an_answer_is_told_to_look_at_what_it_is_about(curriculum, task: str, side: int) -> None:
     example = curriculum.examples[0]
-    sequence = getattr(curriculum, task)(example, random.Random(3))
+    (sequence,) = getattr(curriculum, task)(example, random.Random(3))
     for index, cell in enumerate(sequence.cells):
         if sequence.parts[index]:
             shape = example.scene.at(place(cell, side))
@@ -181,9 +197,7 @@ def test_an_edit_is_told_to_look_at_its_instruction_where_something_changes(curr
         made = edit(scene, change, rng)
     codes = curriculum.examples[0].small
     example = backbone.Example(scene, codes, codes, made.instruction, made.result, codes)
-    sequence = None
-    while sequence is None or backbone.INSTRUCTION not in sequence.parts or max(sequence.sources) < 0:
-        sequence = curriculum._edit(example, rng)
+    sequence = curriculum._edit(example, rng)[0]
     changed = {at for at in Place if scene.at(at) != made.result.at(at)} or set(Place)
     assert len(changed) == {"move": 2, "background": 4}.get(change.value, 1)
     for index, cell in enumerate(sequence.cells):
@@ -210,14 +224,61 @@ def place(cell: int, side: int) -> Place:
     return list(Place)[2 * row // side * 2 + 2 * column // side]
 
 
-def test_prompts_without_their_text_and_without_their_picture_are_learned_too(curriculum) -> None:
+def test_branches_begin_where_generation_lets_them_begin(curriculum, monkeypatch) -> None:
+    """A branch without its text ends where the conditional one does, so that their blocks are the same."""
+    monkeypatch.setattr(backbone, "SCRAMBLED", 0.0)  # it changes codes, and no layout
     tokens, rng = curriculum.tokens, random.Random(0)
-    example = curriculum.examples[0]
+    example, without = curriculum.examples[0], 0
+    for _ in range(200):
+        branches = curriculum._edit(example, rng)
+        assert [sequence.branch for sequence in branches] in ([0, 1], [0, 1, 2])
+        prompt = prompts.edit(tokens, backbone._grid(example.small), example.instruction)
+        _, first = diffusion._layout(prompt.branches, len(prompt.conditional), tokens.mask)
+        for sequence, branch, begin in zip(branches, prompt.branches, first, strict=False):
+            assert sequence.begin == sequence.positions[0] == begin
+            clean = sequence.ids[: sequence.noisy.index(1)][: len(branch)]
+            assert clean == branch[: len(clean)]
+        # what guidance makes of both is learned position by position
+        learned = [
+            [(p, t) for p, t in zip(sequence.positions, sequence.targets, strict=True) if t >= 0]
+            for sequence in branches
+        ]
+        assert all(both == learned[0] for both in learned)
+        without += len(branches) == 3
+    assert 5 < without < 45
     unconditional = prompts.text_to_image(tokens, "any", 8, 8).branches[1]
-    drawn = [curriculum._draw(example, rng).ids[: len(unconditional)] == unconditional for _ in range(200)]
-    assert 5 < sum(drawn) < 45
-    without_picture = [tokens.image_end not in curriculum._edit(example, rng).ids for _ in range(200)]
-    assert 1 <= sum(without_picture) < 30
+    drawn = [curriculum._draw(example, rng)[0] for _ in range(200)]
+    begun = [sequence for sequence in drawn if sequence.begin]
+    assert 5 < len(begun) < 45
+    assert all(sequence.ids[: len(unconditional)] == unconditional for sequence in begun)
+
+
+def test_what_an_edit_leaves_alone_may_be_anything(curriculum) -> None:
+    example = curriculum.examples[0]  # a shape gets another colour
+    (at,) = [place for place in Place if example.scene.at(place) != example.result.at(place)]
+    scrambled = backbone._scrambled(example, random.Random(0))
+    assert scrambled.scene.shapes == (example.scene.at(at),) and scrambled.result.shapes == (example.result.at(at),)
+    same = 0
+    for row, column in product(range(8), range(8)):
+        codes = [codes[row][column] for codes in (scrambled.small, scrambled.changed)]
+        if place(row * backbone.SIDES + column, 8) is at:
+            assert codes == [example.small[row][column], example.changed[row][column]]
+        else:
+            assert codes[0] == codes[1]
+            same += codes[0] == example.small[row][column]
+    assert same < 5
+
+
+def test_no_question_teaches_that_a_held_out_shape_is_never_there() -> None:
+    circle = Shape(Kind.CIRCLE, Colour.BLUE, Place.TOP_LEFT, Size.LARGE)
+    scene = Scene((circle,), Background(Pattern.PLAIN, Tone.WHITE))
+    fair = lambda text, answer="no": backbone._fair(Question(Topic.EXISTENCE, text, answer, ()), scene)
+    assert held_out_shape(Kind.CIRCLE, Colour.RED, Place.TOP_LEFT)
+    assert not fair("Is there a red circle?")
+    assert not held_out_shape(Kind.CIRCLE, Colour.GREEN, Place.TOP_LEFT)
+    assert fair("Is there a green circle?") and fair("Is there a circle?")
+    assert fair("Is there a red square?")  # nothing is like it
+    assert fair("Where is the red circle?", "in the top right")  # it is there
 
 
 def test_the_image_tokenizer_is_the_librarys(folder: Path) -> None:

@@ -82,12 +82,17 @@ class Training:
         self._write_decoder("decoder-turbo", turbo.student)
 
     def backbone(self) -> None:
-        """The backbone."""
+        """The backbone: first mostly drawing, then mostly editing."""
         curriculum = backbone.Curriculum(Tokens(Checkpoint(self.out)), self._examples)
         torch.manual_seed(SEED)
         learner = backbone.Learner()
         learner.begin_with(self._tokenizer.book(backbone.CONFIG.hidden_size))
-        learner = self._train("backbone", learner, backbone.losses(learner, curriculum), backbone.SCHEDULE)
+        for name, turns, schedule in (
+            ("backbone-first", backbone.FIRST_TURNS, backbone.FIRST),
+            ("backbone-second", backbone.SECOND_TURNS, backbone.SECOND),
+        ):
+            learner.requires_grad_(True)
+            learner = self._train(name, learner, backbone.losses(learner, curriculum, turns), schedule)
         export.write_backbone(self.out, learner.network.state_dict())
 
     def _train(self, name: str, module: torch.nn.Module, losses, schedule) -> torch.nn.Module:

@@ -9,15 +9,19 @@ has to know its row and column, and a word that ends what is said of a shape, wh
 head of a code that is being edited is told to look at the same place of the source; another head of a code that is being
 drawn, at the word for its place, of an answer, at the codes that it is about, of an instruction, at what is to be changed,
 which it then has to know. In the fourth, a code that is to be changed is told to look at the instruction, and after it
-a masked code has to know which shape it will be part of.
+a masked code has to know which shape it will be part of. Where nothing changes, heads of the fourth and of the last
+layer look at the source too: one head is too narrow to carry a code over.
+
+An edit is learned with its instruction and without it on the same masks, and so is what guidance makes of the two.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import repeat
 
 import torch
 from torch import nn
@@ -25,10 +29,11 @@ from torch.nn import functional as F
 
 from ... import prompts
 from ...config import BackboneConfig
+from ...guidance import Guidance
 from ...tokens import Tokens
 from ...vq import VQGrid
-from ..grammar import Topic, caption, question
-from ..world import Colour, Kind, Place, Scene, Shape
+from ..grammar import Question, Topic, caption, question
+from ..world import Colour, Kind, Place, Scene, Shape, held_out_shape
 from .loop import Schedule
 from .network import Network
 from .tokenizer import CODES, patch_names
@@ -57,23 +62,28 @@ CONFIG = BackboneConfig(
     image_token_offset=TEXT_IDS,
 )
 BLOCK = 32
-SCHEDULE = Schedule(steps=5000, rate=2e-3, warmup=150, average=0.998)
-BATCHES = {"draw": 20, "edit": 14, "ask": 8, "ask small": 16}  # pictures, each with QUESTIONS where it is asked about
-TURNS = {  # first step -> tasks in turn; drawing is learned first
+BATCHES = {"draw": 20, "edit": 7, "ask": 8, "ask small": 16}  # pictures, each with QUESTIONS where it is asked about
+FIRST = Schedule(steps=5000, rate=2e-3, warmup=150, average=0.998)
+FIRST_TURNS = {  # first step -> tasks in turn; drawing is learned first
     0: ("draw", "edit", "draw", "ask", "draw", "edit", "ask small", "draw", "edit", "ask"),
     2500: ("edit", "ask", "draw", "edit", "edit", "ask", "ask small", "edit", "draw", "ask"),
     3600: ("edit", "ask", "edit", "edit", "draw", "edit", "ask", "edit", "edit", "edit"),
 }
+SECOND = Schedule(steps=3600, rate=1.2e-3, warmup=150, average=0.998)
+SECOND_TURNS = {0: ("edit", "ask", "edit", "draw", "edit", "ask", "edit", "edit", "ask small", "edit")}
 QUESTIONS = 5
 SIDES = 16  # rows and columns of the largest grid
 PLACED_LAYER, LOOKING_LAYER, CHANGING_LAYER = 1, 2, 3
 SOURCE_HEAD, PART_HEAD = 0, CONFIG.num_attention_heads // CONFIG.num_key_value_heads  # with keys of their own
-PLACING, LOOKING, NAMING = 0.3, 0.2, 0.5  # weights of the additional losses
+COPYING = ((CHANGING_LAYER, SOURCE_HEAD), (4, SOURCE_HEAD), (4, PART_HEAD))  # layers and heads
+PLACING, LOOKING, NAMING, GUIDING = 0.3, 0.2, 0.5, 0.5  # weights of the additional losses
+GUIDANCE = Guidance.editing(text_scale=4.0, image_scale=0.0)  # as the task does it
 PARTS = {place: 1 << number for number, place in enumerate(Place)}  # what a token tells of, as bits
 INSTRUCTION = 1 << len(Place)
 PADDING_LEARNED = 0.1  # share of the ends after the first that are to be learned
-NAMES = (1 + len(Colour)) * (1 + len(Kind))
-DROPPED = 0.1  # share of prompts, (twice it) instructions and (half of it) source pictures left out, for guidance
+SCRAMBLED = 0.3  # share of edits in which any codes stand where nothing changes
+COLOURS, KINDS = 1 + len(Colour), 1 + len(Kind)  # with none
+DROPPED = 0.1  # share of prompts, and of the source pictures of edits, left out for guidance
 
 
 @dataclass(frozen=True)
@@ -92,9 +102,14 @@ class Packed:
     """One training sequence: clean blocks, and noisy copies of blocks.
 
     Each token has a position and a group. Group 0 is what all share; the others, a question each, do not see each other.
+
+    Args:
+        begin: the first position that there is; a branch that is shorter than the conditional one begins later.
+        branch: the number of an edit's branch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begin: int = 0, branch: int = -1) -> None:
+        self.begin, self.branch = begin, branch
         self.ids: list[int] = []
         self.targets: list[int] = []  # -1 where nothing is to be learned
         self.positions: list[int] = []
@@ -152,6 +167,8 @@ class Packed:
             self._add(block, [ids[place] if place in learned else -1 for place in places], start, group, 1)
 
     def _add(self, ids: Sequence[int], targets: Sequence[int], start: int, group: int, noisy: int) -> None:
+        before = max(0, self.begin - start)
+        ids, targets, start = ids[before:], targets[before:], start + before
         self.ids += ids
         self.targets += targets
         self.positions += range(start, start + len(ids))
@@ -162,7 +179,7 @@ class Packed:
             for number, (first, columns, rows) in enumerate(self._pictures):
                 if 0 <= (index := position - first) < columns * rows:
                     cell = index // columns * SIDES + index % columns
-                    source = self._pictures[0][0] + index if number and noisy else -1
+                    source = self._pictures[0][0] - self.begin + index if number and noisy else -1
             self.cells.append(cell)
             self.sources.append(source)
             self.parts.append(self.telling.get(position, 0))
@@ -183,9 +200,9 @@ class Curriculum:
         self.tokens, self.examples = tokens, examples
 
     def batch(self, task: str, rng: random.Random) -> dict[str, torch.Tensor]:
-        """``ids``, ``targets``, ``positions`` [batch, length] and ``mask`` [batch, length, length]."""
+        """``ids``, ``targets``, ``positions`` [batch, length], ``mask`` [batch, length, length], ``branches`` [batch]."""
         make = {"draw": self._draw, "edit": self._edit, "ask": self._ask, "ask small": self._ask_small}[task]
-        sequences = [make(rng.choice(self.examples), rng) for _ in range(BATCHES[task])]
+        sequences = [made for _ in range(BATCHES[task]) for made in make(rng.choice(self.examples), rng)]
         longest = max(len(sequence.ids) for sequence in sequences)
         columns = {
             "ids": self.tokens.end,
@@ -210,30 +227,42 @@ class Curriculum:
         same = (row(group) == column(group)) & (row(noisy) == column(noisy)) & (row(block) == column(block))
         shared = (column(group) == 0) | (column(group) == row(group))
         earlier = (column(noisy) == 0) & shared & (column(block) < row(block)) & (column(group) >= 0)
-        return batch | {"mask": same | earlier}
+        branches = torch.tensor([sequence.branch for sequence in sequences])
+        return batch | {"mask": same | earlier, "branches": branches}
 
-    def _draw(self, example: Example, rng: random.Random) -> Packed:
+    def _draw(self, example: Example, rng: random.Random) -> list[Packed]:
         text = caption(example.scene, rng)
         conditional, unconditional = prompts.text_to_image(self.tokens, text, 8, 8).branches
-        sequence, prompt = Packed(), unconditional
-        if rng.random() >= DROPPED:
-            prompt, start = conditional, _find(conditional, self.tokens.encode(text))
+        asks = {place: PARTS[place] for place in Place if example.scene.at(place)}
+        if rng.random() < DROPPED:
+            begin, prompt = _aligned(unconditional, len(conditional))
+            sequence = Packed(begin)
+        else:
+            sequence, prompt, start = Packed(), conditional, _find(conditional, self.tokens.encode(text))
             for shape, end in self._phrases(text, example.scene).items():
                 sequence.telling[start + end - 1] = PARTS[shape.place]
                 sequence.named[start + end - 1] = _name(shape)
-        asks = {place: PARTS[place] for place in Place if example.scene.at(place)}
-        return self._picture(sequence, prompt, example.scene, example.small, asks, rng)
+        return [self._picture(sequence, prompt, example.scene, example.small, asks, rng)]
 
-    def _edit(self, example: Example, rng: random.Random) -> Packed:
+    def _edit(self, example: Example, rng: random.Random) -> list[Packed]:
+        if rng.random() < SCRAMBLED:
+            example = _scrambled(example, rng)
         branches = prompts.edit(self.tokens, _grid(example.small), example.instruction).branches
-        branch = rng.choices(branches, (1 - 2.5 * DROPPED, 2 * DROPPED, DROPPED / 2))[0]
-        sequence, asks, scene, result = Packed(), {}, example.scene, example.result
+        masks = rng.random()  # the same in all branches
+        numbers = (0, 1, 2) if rng.random() < DROPPED else (0, 1)
+        return [self._edit_branch(example, branches, number, random.Random(masks)) for number in numbers]
+
+    def _edit_branch(
+        self, example: Example, branches: tuple[list[int], ...], number: int, rng: random.Random
+    ) -> Packed:
+        begin, branch = _aligned(branches[number], len(branches[0]))
+        sequence, asks, scene, result = Packed(begin, number), {}, example.scene, example.result
         changed = [place for place in Place if scene.at(place) != result.at(place)]
-        if branch is not branches[2]:
+        if number != 2:
             source = branch.index(self.tokens.boi) + 1
             sequence.picture(source, len(example.small[0]), len(example.small))
             self._tell(sequence, source, scene, len(example.small))
-        if branch is not branches[1]:
+        if number != 1:
             instruction = self.tokens.encode(example.instruction)
             last = _find(branch, instruction) + len(instruction) - 1
             sequence.telling[last] = INSTRUCTION
@@ -266,11 +295,11 @@ class Curriculum:
         sequence.masked(prompt, response, 1, self.tokens.mask, rng, clean_to=len(ids))
         return sequence
 
-    def _ask(self, example: Example, rng: random.Random) -> Packed:
-        return self._questions(example, example.large, rng)
+    def _ask(self, example: Example, rng: random.Random) -> list[Packed]:
+        return [self._questions(example, example.large, rng)]
 
-    def _ask_small(self, example: Example, rng: random.Random) -> Packed:
-        return self._questions(example, example.small, rng)
+    def _ask_small(self, example: Example, rng: random.Random) -> list[Packed]:
+        return [self._questions(example, example.small, rng)]
 
     def _questions(self, example: Example, codes: list[list[int]], rng: random.Random) -> Packed:
         sequence, shared, scene = Packed(), None, example.scene
@@ -279,7 +308,9 @@ class Curriculum:
         self._tell(sequence, first, scene, len(codes))
         topics = [Topic.DESCRIPTION, *rng.sample([t for t in Topic if t is not Topic.DESCRIPTION], QUESTIONS - 1)]
         for group, topic in enumerate(topics, 1):
-            asked = question(scene, topic, rng)
+            asked = next(
+                made for made in map(question, repeat(scene), repeat(topic), repeat(rng)) if _fair(made, scene)
+            )
             prompt = prompts.understand(self.tokens, _grid(codes), asked.text).conditional
             if shared is None:
                 shared = (len(codes) * len(codes[0]) + 5) // BLOCK * BLOCK  # what is the same for every question
@@ -322,7 +353,8 @@ class Learner(nn.Module):
         super().__init__()
         self.network = Network(config)
         self.placed = nn.Linear(config.hidden_size, 2 * SIDES)
-        self.named = nn.Linear(config.hidden_size, NAMES)
+        # colour and kind apart: of both as one class, it would learn which of them are held out where
+        self.named = nn.Linear(config.hidden_size, COLOURS + KINDS)
 
     @torch.no_grad()
     def begin_with(self, book: torch.Tensor) -> None:
@@ -347,12 +379,18 @@ class Learner(nn.Module):
             (CHANGING_LAYER, names & learned),
         ):
             if which.any():
-                told[f"name {layer}"] = F.cross_entropy(self.named(inner[layer][which]), batch["names"][which])
+                by_colour, by_kind = self.named(inner[layer][which]).split([COLOURS, KINDS], dim=-1)
+                name = batch["names"][which]
+                told[f"name {layer}"] = F.cross_entropy(by_colour, name // KINDS) + F.cross_entropy(
+                    by_kind, name % KINDS
+                )
                 told["loss"] = told["loss"] + NAMING * told[f"name {layer}"]
         part, wanted = batch["parts"][:, None, :], batch["asks"][:, :, None]
         at_source = batch["sources"][:, :, None] == torch.arange(part.shape[-1])
+        kept = at_source & (wanted < INSTRUCTION)
         for name, layer, head, right in (
             ("source", LOOKING_LAYER, SOURCE_HEAD, at_source),
+            *((f"source {layer} {head}", layer, head, kept) for layer, head in COPYING),
             ("part", LOOKING_LAYER, PART_HEAD, (part & wanted & (INSTRUCTION - 1)) > 0),
             ("instruction", CHANGING_LAYER, PART_HEAD, (part & wanted & INSTRUCTION) > 0),
         ):
@@ -362,15 +400,31 @@ class Learner(nn.Module):
                 chances = scores[which].log_softmax(dim=-1).masked_fill(~right[which], -torch.inf)
                 told[name] = -chances.logsumexp(dim=-1).mean()
                 told["loss"] = told["loss"] + LOOKING * told[name]
+        if (batch["branches"] >= 0).any():
+            told["guided"] = self._guided(hidden, batch["targets"], batch["branches"])
+            told["loss"] = told["loss"] + GUIDING * told["guided"]
         return told
 
+    def _guided(self, hidden: torch.Tensor, targets: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of what guidance makes of an edit's branches with the instruction and without it."""
+        both = [hidden[branches == branch][targets[branches == branch] >= 0] for branch in (0, 1)]
+        conditional, guided = (
+            self.network.lm_head(sum(share * part for share, part in zip(shares, both, strict=True)))
+            for shares in ((1, 0), GUIDANCE.coefficients[:2])
+        )
+        with torch.no_grad():
+            ratio = conditional.std(dim=-1, keepdim=True) / guided.std(dim=-1, keepdim=True)
+        guided = guided * (GUIDANCE.rescale * ratio + 1 - GUIDANCE.rescale)
+        wanted = targets[branches == 0]
+        return F.cross_entropy(guided, wanted[wanted >= 0])
 
-def losses(learner: Learner, curriculum: Curriculum):
+
+def losses(learner: Learner, curriculum: Curriculum, turns: dict[int, tuple[str, ...]]):
     """The losses of a step for ``loop.train``; the tasks take turns."""
 
     def of(step: int, rng: random.Random) -> dict[str, torch.Tensor]:
-        turns = TURNS[max(first for first in TURNS if first <= step)]
-        task = turns[step % len(turns)]
+        tasks = turns[max(first for first in turns if first <= step)]
+        task = tasks[step % len(tasks)]
         return learner.losses(task, curriculum.batch(task, rng))
 
     return of
@@ -387,13 +441,49 @@ def _names(scene: Scene, side: int) -> list[int]:
 
 
 def _class(colour: int | torch.Tensor, kind: int | torch.Tensor) -> int | torch.Tensor:
-    return colour * (1 + len(Kind)) + kind
+    return colour * KINDS + kind
+
+
+def _fair(asked: Question, scene: Scene) -> bool:
+    """Whether a question does not teach that a held-out shape is never there, by asking for it where one is like it."""
+    return asked.answer != "no" or not any(
+        f"{colour.value} {kind.value}" in asked.text and held_out_shape(kind, colour, shape.place)
+        for shape in scene.shapes
+        for kind, colour in (
+            *((kind, shape.colour) for kind in Kind),
+            *((shape.kind, colour) for colour in Colour),
+        )
+    )
 
 
 @cache
 def _places(side: int) -> list[Place]:
     """The place that each code of a picture belongs to."""
     return [list(Place)[2 * row // side * 2 + 2 * column // side] for row in range(side) for column in range(side)]
+
+
+def _scrambled(example: Example, rng: random.Random) -> Example:
+    """The edit with other codes where nothing changes, any and the same before and after: they are to be copied,
+    whatever they are."""
+    scene, result = example.scene, example.result
+    changed = {place for place in Place if scene.at(place) != result.at(place)}
+    if not changed:  # the background, and so all of it
+        return example
+    before, after = ([list(row) for row in codes] for codes in (example.small, example.changed))
+    side = len(before)
+    for index, place in enumerate(_places(side)):
+        if place not in changed:
+            row, column = divmod(index, side)
+            before[row][column] = after[row][column] = rng.randrange(CODES)
+    kept = (replace(part, shapes=tuple(s for s in part.shapes if s.place in changed)) for part in (scene, result))
+    scene, result = kept
+    return replace(example, scene=scene, result=result, small=before, changed=after)
+
+
+def _aligned(branch: list[int], length: int) -> tuple[int, list[int]]:
+    """Where a branch begins that ends with a conditional one of this length, as ``diffusion`` lays them out, and its ids."""
+    begin = max(0, length - len(branch))
+    return begin, [0] * begin + branch[len(branch) - (length - begin) :]
 
 
 def _find(ids: list[int], part: list[int]) -> int:
