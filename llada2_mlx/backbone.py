@@ -14,11 +14,22 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from .checkpoint import Checkpoint, Part
+from .config import PRECISIONS
+from .convert import convert, is_current, own_copy
 from .errors import RequestError
 from .model import LLaDA2
+from .precision import (
+    BITS,
+    check_block,
+    choose,
+    machine_bytes,
+    memory_bytes,
+    run_type,
+    scheme,
+)
 from .progress import OnStep, Progress, ignore
 from .tokens import Tokens
-from .weights import PRECISIONS, check_backbone, compute_type, load_backbone, memory_bytes
+from .weights import check_backbone, load_backbone, stored_type
 from .worker import MLXWorker
 
 T = TypeVar("T")
@@ -30,25 +41,47 @@ class Backbone:
 
     Args:
         checkpoint: the model folder.
-        precision: "bf16", "float32", or "auto": as stored (float16 as bf16), and float32 where MLX runs on the CPU.
+        precision: one of ``PRECISIONS``. "bf16" and "float32" are types to run in; "8bit", "6bit" and "4bit" run from
+            a converted copy, which is made on first use (see ``convert``); "auto" is the most exact that fits into
+            this machine, and for a quantised model what it is quantised to.
+
+    ``precision`` is then what was picked, ``reason`` why if it was "auto", ``size`` how many bytes the weights take.
 
     Raises:
         CheckpointError: config, tokenizer or weight files are missing or do not fit each other. The check reads
             headers only.
+        RequestError: there is no such precision, or a quantised model is asked for another one.
     """
 
     def __init__(self, checkpoint: Checkpoint, precision: str = "auto"):
-        if precision not in ("auto", *PRECISIONS):
-            raise RequestError(f"The precision is {precision!r}; it has to be one of auto, {', '.join(PRECISIONS)}.")
+        if precision not in PRECISIONS:
+            raise RequestError(f"The precision is {precision!r}; it has to be one of {', '.join(PRECISIONS)}.")
         self.checkpoint = checkpoint.require(Part.BACKBONE)
         self.config = checkpoint.config
         self._worker = MLXWorker()
         self._model: LLaDA2 | None = None
         self._loading = threading.Lock()
-        tensors = checkpoint.backbone_tensors()
-        self._worker.call(check_backbone, self.config, tensors, checkpoint)
-        self.dtype = self._worker.call(compute_type, precision, tensors)
-        self.size = self._worker.call(memory_bytes, tensors, self.dtype)
+        self._worker.call(self._choose, precision)
+
+    def _choose(self, precision: str) -> None:
+        """Check the checkpoint, and settle how it will run."""
+        block, self.reason, tensors = self.checkpoint.quantization, None, self.checkpoint.backbone_tensors()
+        if block is not None:
+            block = check_block(block, f"{self.checkpoint.root / 'config.json'}")
+        check_backbone(self.config, block, tensors, self.checkpoint)
+        stored = f"{block['bits']}bit" if block else stored_type(tensors)
+        if block and precision not in ("auto", stored):
+            raise RequestError(
+                f"{self.checkpoint.root} is quantised to {block['bits']} bits, and what they lack does not come back. "
+                f"Choose auto, or the model that it was made of."
+            )
+        if block:
+            precision = stored
+        elif precision == "auto":
+            precision, self.reason = choose(self.config, stored, machine_bytes())
+        self.precision, self.dtype = precision, run_type(precision)
+        self._block = block or (scheme(self.config, BITS[precision]) if precision in BITS else None)
+        self.size = memory_bytes(self.config, self.dtype, self._block)
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -57,7 +90,7 @@ class Backbone:
 
     @property
     def loaded(self) -> bool:
-        """Whether the weights are in memory. ``size`` is how many bytes they take then."""
+        """Whether the weights are in memory."""
         return self._model is not None
 
     def load(self, on_step: OnStep = ignore) -> LLaDA2:
@@ -68,7 +101,7 @@ class Backbone:
         """
         with self._loading:
             if self._model is None:
-                self._model = self._drive(load_backbone(self.checkpoint, self.dtype), on_step)
+                self._model = self._worker.drive(self._read(), on_step)
             return self._model
 
     def unload(self) -> None:
@@ -86,22 +119,17 @@ class Backbone:
         """
         network = self.load(on_step)
         try:
-            return self._drive(job(network, *args, **options), on_step)
+            return self._worker.drive(job(network, *args, **options), on_step)
         finally:
             self._worker.call(mx.clear_cache)  # what a run leaves in the buffer cache is memory that others miss
 
-    def _drive(self, steps: Steps[T], on_step: OnStep) -> T:
-        def advance() -> tuple[Progress | None, T | None]:
-            try:
-                return next(steps), None
-            except StopIteration as stop:
-                return None, stop.value
-
-        try:
-            while True:
-                progress, result = self._worker.call(advance)
-                if progress is None:
-                    return result
-                on_step(progress)
-        finally:
-            self._worker.call(steps.close)
+    def _read(self) -> Steps[LLaDA2]:
+        """The network, from a converted copy where one is needed, which is made unless it is there."""
+        source = self.checkpoint
+        if self._block is not None and source.quantization is None:
+            bits = BITS[self.precision]
+            copy = own_copy(source, bits)
+            if not is_current(copy, source, bits):
+                yield from convert(source, copy, bits, replace=True)
+            source = Checkpoint(copy)
+        return (yield from load_backbone(source, self.dtype, self._block))

@@ -1,4 +1,4 @@
-"""Where a model's parts are: the layout of a checkpoint folder, its names, and how to get one.
+"""Where a model's parts are: the layout of a checkpoint folder, its names, and which one a person means.
 
 Nothing here reads a weight; headers of safetensors files are read to say early what is wrong.
 """
@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from . import hub
 from .config import BackboneConfig
 from .errors import CheckpointError
+from .progress import OnStep, ignore
 from .sizes import ImageSizes
 
 HUB_MODEL = "inclusionAI/LLaDA2.0-Uni"
@@ -48,7 +50,7 @@ FILES = {
     ),
     Part.VAE: ("vae/config.json", "vae/*.safetensors"),
 }
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 class TensorInfo(NamedTuple):
@@ -72,8 +74,11 @@ class Checkpoint:
     def missing(self, part: Part) -> list[str]:
         """The files of ``part`` that this folder lacks, relative to it, some as globs; empty if it is complete."""
         missing = [pattern for pattern in FILES[part] if not any(self.root.glob(pattern))]
-        if part is Part.BACKBONE and (self.root / _INDEX).exists():
-            missing += sorted(name for name in set(self._weight_map().values()) if not (self.root / name).exists())
+        if part is Part.BACKBONE:
+            if (self.root / INDEX).exists():
+                missing += sorted(name for name in set(self._weight_map().values()) if not (self.root / name).exists())
+            elif any(self.root.glob("model*-of-*.safetensors")):  # shards, of which only the index says how many
+                missing.append(INDEX)
         return missing
 
     def require(self, *parts: Part) -> Checkpoint:
@@ -114,6 +119,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.root}: {error}") from None
 
     @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the backbone is quantised, as its config states it; None where it is not."""
+        return self.json("config.json").get("quantization")
+
+    @cached_property
     def image_sizes(self) -> ImageSizes:
         """What sizes of picture the model was made for; nothing stated where there is no ``config.json``.
 
@@ -129,16 +139,16 @@ class Checkpoint:
 
     def backbone_tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the backbone, from the headers of the files that the index names (or of the one file)."""
-        if not (self.root / _INDEX).exists():
+        if not (self.root / INDEX).exists():
             files = sorted(self.root.glob("model*.safetensors"))
             if len(files) > 1:
-                raise CheckpointError(f"{self.root} has {len(files)} weight files but no {_INDEX}; download it.")
+                raise CheckpointError(f"{self.root} has {len(files)} weight files but no {INDEX}; download it.")
             return safetensors_header(files[0])
         weight_map = self._weight_map()
         files = sorted({self.root / name for name in weight_map.values()})
         tensors = {name: info for path in files for name, info in safetensors_header(path).items()}
         if absent := [f"{name} (in {file})" for name, file in weight_map.items() if name not in tensors]:
-            raise CheckpointError(f"{self.root}: {_INDEX} names tensors that are not in their files: {_some(absent)}.")
+            raise CheckpointError(f"{self.root}: {INDEX} names tensors that are not in their files: {_some(absent)}.")
         return tensors
 
     def weight_bytes(self, part: Part) -> int:
@@ -148,9 +158,9 @@ class Checkpoint:
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> file name, as the index states it."""
-        found = self.json(_INDEX).get("weight_map")
+        found = self.json(INDEX).get("weight_map")
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-            raise CheckpointError(f"{self.root / _INDEX} has no usable weight_map; download it again.")
+            raise CheckpointError(f"{self.root / INDEX} has no usable weight_map; download it again.")
         return found
 
     def only_safetensors(self, folder: str) -> Path:
@@ -202,66 +212,45 @@ def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, .
         raise CheckpointError(f"The tensors in {where} do not fit its config; {'; '.join(problems)}.")
 
 
-def resolve(model: str | Path, *parts: Part) -> Checkpoint:
+def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore) -> Checkpoint:
     """The checkpoint that a person means by ``model``: a folder, or the id of a hub model to download.
 
-    Only the files of ``parts`` are downloaded, into the hub's own cache; what is there is taken from there.
+    Only the files of ``parts`` are downloaded, into the hub's own cache; what is there is taken from there, and then
+    the hub is not asked. Each part is complete where it is found, and two calls for two parts give one folder: a
+    model is completed at the revision that the cache has. Only where another program moved the cache on to a newer
+    revision, or the hub no longer has the old one, can the two be folders of two revisions.
+
+    Args:
+        on_step: called while something is downloaded; what it raises ends that.
 
     Raises:
-        CheckpointError: there is neither such a folder nor such a model, or a part is missing in it.
+        CheckpointError: there is neither such a folder nor such a model, a part is missing in it, or it could not be
+            downloaded.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return Checkpoint(folder).require(*parts)
-    if not _is_hub_id(str(model)):
+        return Checkpoint(hub.snapshot(folder)).require(*parts)
+    repo = str(model)
+    if not hub.is_id(repo):
         raise CheckpointError(f"There is no model folder {folder}. Give a folder, or a hub id such as {HUB_MODEL}.")
-    cached = _cached(str(model))
-    if cached is None or any(cached.missing(part) for part in parts):
-        cached = Checkpoint(_download(str(model), parts))
-    return cached.require(*parts)
-
-
-def _is_hub_id(model: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return model.count("/") == 1
-
-
-def _cached(repo: str) -> Checkpoint | None:
-    """What the hub's cache holds of a model, without asking the hub."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Checkpoint(Path(snapshot_download(repo, local_files_only=True)))
-    except LocalEntryNotFoundError:
-        return None
-
-
-def _download(repo: str, parts: tuple[Part, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = {pattern for part in parts for pattern in _patterns(part)}
-    try:
-        return Path(snapshot_download(repo, allow_patterns=sorted(patterns)))
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"The hub has no model {repo!r}, or it is private and you are not logged in.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{repo} is not on this machine and could not be downloaded ({reason}). "
-            "Check the network and try again: what has arrived is kept."
-        ) from error
+    cached = hub.cached(repo)
+    if cached is None:
+        if not parts:
+            raise CheckpointError(f"{repo} is not on this machine. Download it with: llada2-mlx download {repo}")
+        lacking, missing = f"{repo} is not on this machine", [name for part in parts for name in FILES[part]]
+    else:
+        lacks = {part: names for part in parts if (names := Checkpoint(cached).missing(part))}
+        if not lacks:
+            return Checkpoint(cached)
+        listed = "; ".join(f"no complete {part.value}: {_some(names)} is not there" for part, names in lacks.items())
+        lacking, missing = f"{repo} on this machine has {listed}", [name for names in lacks.values() for name in names]
+    patterns = sorted({pattern for part in parts for pattern in _patterns(part)})
+    return Checkpoint(hub.download(repo, patterns, missing, lacking, on_step)).require(*parts)
 
 
 def _patterns(part: Part) -> tuple[str, ...]:
     """The globs of all that a part may have: what it needs, and the index that a backbone in shards has."""
-    return (*FILES[part], _INDEX) if part is Part.BACKBONE else FILES[part]
+    return (*FILES[part], INDEX) if part is Part.BACKBONE else FILES[part]
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -7,12 +7,12 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import prompts
+from . import __version__, prompts
 from .checkpoint import BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve
+from .config import PRECISIONS
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
 from .progress import Progress
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # the words of the command line for what the library calls so; the library itself is imported when it is needed
 SAMPLERS = {"ode": "ODE", "published": "as published"}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
+PARTS = {part.name.lower().replace("_", "-"): part for part in Part}
+ALL_TASKS = [name for name, part in PARTS.items() if part is not Part.DECODER]  # the turbo decoder is the default
 PURPOSES = {"understand": "understand", "edit": "edit", "edit-published": "edit as published"}
 
 
@@ -54,7 +56,7 @@ def t2i(a: argparse.Namespace) -> None:
     _writable(a.output, ".png")
     if a.codes:
         _writable(a.codes, ".safetensors")
-    checkpoint = resolve(a.model, Part.BACKBONE, *_decoder_parts(a))
+    checkpoint = _resolve(a, Part.BACKBONE, *_decoder_parts(a))
     options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
     size = {"width": a.width, "height": a.height}
     with _Bars() as on_step:
@@ -73,7 +75,7 @@ def understand(a: argparse.Namespace) -> None:
     from . import tasks
 
     prompts.require_text(a.question, "question")
-    checkpoint = resolve(a.model, Part.BACKBONE, Part.IMAGE_TOKENIZER)
+    checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER)
     sampling, backbone = _sampling(a), _backbone(a, checkpoint)
     grid = _encode(a, checkpoint, "understand")
     with _Bars() as on_step:
@@ -88,7 +90,7 @@ def edit(a: argparse.Namespace) -> None:
 
     prompts.require_text(a.instruction, "instruction")
     _writable(a.output, ".png")
-    checkpoint = resolve(a.model, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
+    checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
     options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
     grid = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit")
     with _Bars() as on_step:
@@ -102,7 +104,7 @@ def edit(a: argparse.Namespace) -> None:
 def encode(a: argparse.Namespace) -> None:
     """Turn a picture into codes."""
     _writable(a.output, ".safetensors")
-    grid = _encode(a, resolve(a.model, Part.IMAGE_TOKENIZER), a.purpose)
+    grid = _encode(a, _resolve(a, Part.IMAGE_TOKENIZER), a.purpose)
     grid.save(a.output)
     print(f"{a.output}: {grid}")
 
@@ -110,20 +112,26 @@ def encode(a: argparse.Namespace) -> None:
 def decode(a: argparse.Namespace) -> None:
     """Turn codes into a picture."""
     _writable(a.output, ".png")
-    grid, checkpoint = VQGrid.load(a.codes), resolve(a.model, *_decoder_parts(a))
+    grid, checkpoint = VQGrid.load(a.codes), _resolve(a, *_decoder_parts(a))
     _decode(a, checkpoint, grid, _decode_options(a, checkpoint, grid))
+
+
+def download(a: argparse.Namespace) -> None:
+    """Get a model from the hub, or the rest of one, and say where it is."""
+    parts = list(PARTS.values()) if "all" in a.parts else [PARTS[name] for name in a.parts]
+    print(_resolve(a, *parts).root)
 
 
 def info(a: argparse.Namespace) -> None:
     """Say what a model folder holds."""
-    checkpoint = resolve(a.model)
+    checkpoint = _resolve(a)
     print(f"folder: {checkpoint.root}")
     for part in Part:
         missing = checkpoint.missing(part)
         print(f"{part.value}: {'missing ' + ', '.join(missing) if missing else 'complete'}")
     if not checkpoint.missing(Part.BACKBONE):
         backbone = _backbone(a, checkpoint)
-        print(f"weights: {backbone.size / 1e9:.2f} GB in {backbone.dtype}".replace("mlx.core.", ""))
+        print(f"weights: {backbone.size / 1e9:.2f} GB as {backbone.precision}")
         side = checkpoint.image_sizes.drawing or DEFAULT_DRAWING
         print(f"draws: {side} x {side} pixels unless told otherwise")
         print(json.dumps(asdict(backbone.config), indent=1))
@@ -134,9 +142,21 @@ def demo(a: argparse.Namespace) -> None:
     from .shapes import gallery
     from .shapes.studio import Studio
 
-    gallery.make(Path(a.folder), Studio(resolve(a.model, *Part)))
+    gallery.make(Path(a.folder), Studio(_resolve(a, *Part)))
     if a.model == str(BUILT_IN):
         print("This is Shapes, the toy that is built in; it knows flat shapes in four places, and no other words.")
+
+
+def convert(a: argparse.Namespace) -> None:
+    """Write a smaller copy of a model: its language model with few bits, the rest linked."""
+    from .convert import convert, link_parts
+    from .worker import MLXWorker
+
+    source = _resolve(a, Part.BACKBONE)
+    with _Bars() as on_step:
+        copy = MLXWorker().drive(convert(source, Path(a.destination).absolute(), a.bits, a.group_size), on_step)
+    link_parts(source, copy.root)
+    print(f"{a.destination}: {sum(path.stat().st_size for path in copy.files(Part.BACKBONE)) / 1e9:.2f} GB")
 
 
 class _Bars:
@@ -152,7 +172,8 @@ class _Bars:
         if self.phase != progress.phase:
             self._close()
             self.phase = progress.phase
-            self.bar = tqdm(total=progress.total, desc=progress.phase, leave=False, disable=None)
+            unit = {"unit": "B", "unit_scale": True} if progress.in_bytes else {}
+            self.bar = tqdm(total=progress.total, desc=progress.phase, leave=False, disable=None, **unit)
         self.bar.total = progress.total
         self.bar.update(progress.done - self.bar.n)
 
@@ -164,10 +185,19 @@ class _Bars:
             self.bar.close()
 
 
+def _resolve(a: argparse.Namespace, *parts: Part) -> Checkpoint:
+    with _Bars() as on_step:
+        return resolve(a.model, *parts, on_step=on_step)
+
+
 def _backbone(a: argparse.Namespace, checkpoint: Checkpoint) -> Backbone:
     from .backbone import Backbone
+    from .precision import BITS
 
-    return Backbone(checkpoint, a.precision)
+    backbone = Backbone(checkpoint, a.precision)
+    if backbone.reason and backbone.precision in BITS:  # the weights are not used as they are
+        print(f"llada2-mlx: {backbone.reason}", file=sys.stderr)
+    return backbone
 
 
 def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str) -> VQGrid:
@@ -197,7 +227,7 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options
         pixels = load_part(checkpoint, Part.VAE, _device(a), on_step).decode(latents, on_step)
     (image,) = to_images(pixels)
     parameters = {key: value for key, value in vars(a).items() if key != "command" and value is not None}
-    parameters |= {"decoder_steps": options.steps, "version": version("comfyui-llada2-mlx")}
+    parameters |= {"decoder_steps": options.steps, "version": __version__}
     metadata = PngInfo()
     metadata.add_itxt("parameters", json.dumps(parameters, default=str, ensure_ascii=False))
     with replacing(Path(a.output)) as partial:
@@ -275,8 +305,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--precision",
         default="auto",
-        choices=("auto", "bf16", "float32"),
-        help="of the backbone; auto: as stored, float32 on a CPU",
+        choices=PRECISIONS,
+        help="of the backbone; 8bit, 6bit and 4bit run from a converted copy that is made on first use; auto: the most exact that fits",
     )
     common.add_argument("--device", help="where PyTorch runs: mps, cuda or cpu; the first that there is if left out")
 
@@ -310,12 +340,13 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     parser = argparse.ArgumentParser(prog="llada2-mlx", description=__doc__)
-    parser.add_argument("--version", action="version", version=version("comfyui-llada2-mlx"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(command, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(command, *parents: argparse.ArgumentParser, running: bool = True) -> argparse.ArgumentParser:
+        parents = (common, *parents) if running else parents
         subparser = commands.add_parser(
-            command.__name__, help=command.__doc__, description=command.__doc__, parents=[common, *parents]
+            command.__name__, help=command.__doc__, description=command.__doc__, parents=parents
         )
         subparser.set_defaults(command=command)
         return subparser
@@ -358,6 +389,30 @@ def _parser() -> argparse.ArgumentParser:
     p = add(decode, decoding)
     p.add_argument("codes")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
+
+    p = add(download, running=False)
+    p.add_argument("model", nargs="?", default=HUB_MODEL, help=f"a hub id (default: {HUB_MODEL})")
+    p.add_argument(
+        "--parts",
+        nargs="+",
+        choices=(*PARTS, "all"),
+        default=ALL_TASKS,
+        help=f"default: what drawing, asking and editing need with the turbo decoder: {' '.join(ALL_TASKS)}",
+    )
+
+    p = add(convert, running=False)
+    p.add_argument("model", metavar="source", help="a model folder, or a hub id")
+    p.add_argument("destination", help="the folder to make")
+    p.add_argument(
+        "--bits",
+        type=int,
+        choices=(4, 6, 8, 16),
+        default=8,
+        help="of the experts; all else has at least 8 (default: 8)",
+    )
+    p.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128), default=64, help="weights that share a scale (default: 64)"
+    )
 
     add(info)
     add(demo).add_argument("folder", nargs="?", default="demo")

@@ -8,6 +8,8 @@ from typing import Any
 
 from .errors import CheckpointError
 
+PRECISIONS = ("auto", "float32", "bf16", "8bit", "6bit", "4bit")  # to choose from, see ``precision``
+
 
 @dataclass(frozen=True)
 class BackboneConfig:

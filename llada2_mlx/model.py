@@ -6,6 +6,7 @@ are stacked into one ``switch_mlp``. The network is not causal by itself: the ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import mlx.core as mx
@@ -180,8 +181,14 @@ class LLaDA2(nn.Module):
 
     def logits(self, hidden: mx.array, first_row: int = 0) -> mx.array:
         """Logits of the vocabulary from ``first_row`` on: [..., hidden] -> [..., vocabulary - first_row], float32."""
-        weight = self.lm_head.weight[first_row:]
-        return (hidden.astype(weight.dtype) @ weight.T).astype(mx.float32)
+        head = self.lm_head
+        if "scales" not in head:
+            weight = head.weight[first_row:]
+            return (hidden.astype(weight.dtype) @ weight.T).astype(mx.float32)
+        weight, *rest = (head[name][first_row:] for name in ("weight", "scales", "biases"))
+        hidden = hidden.astype(head.scales.dtype)
+        bits = {"group_size": head.group_size, "bits": head.bits}
+        return mx.quantized_matmul(hidden, weight, *rest, transpose=True, **bits).astype(mx.float32)
 
     def logit_std(self, hidden: mx.array) -> mx.array:
         """Standard deviation (n - 1) of the logits over the whole vocabulary, without the logits.
@@ -197,19 +204,26 @@ class LLaDA2(nn.Module):
     def head_covariance(self) -> mx.array:
         """Covariance (n - 1) of the head's rows, [hidden, hidden] float32; computed once, on first use."""
         if self._head_covariance is None:
-            self._head_covariance = _covariance(self.lm_head.weight)
+            self._head_covariance = _covariance(self._head_rows, self.config.vocab_size, self.config.hidden_size)
         return self._head_covariance
 
+    def _head_rows(self, start: int, end: int) -> mx.array:
+        """Some rows of the head, in float32."""
+        head = self.lm_head
+        if "scales" not in head:
+            return head.weight[start:end].astype(mx.float32)
+        packed = (head[name][start:end] for name in ("weight", "scales", "biases"))
+        return mx.dequantize(*packed, group_size=head.group_size, bits=head.bits).astype(mx.float32)
 
-def _covariance(weight: mx.array, chunk: int = 16384) -> mx.array:
-    """Covariance of the rows of ``weight`` in float32, with one float32 chunk of it in memory at a time."""
-    rows, width = weight.shape
+
+def _covariance(read: Callable[[int, int], mx.array], rows: int, width: int, chunk: int = 16384) -> mx.array:
+    """Covariance of the rows of a matrix in float32, with one chunk of it in memory at a time."""
     total, outer = mx.zeros((1, width)), mx.zeros((width, width))
     for start in range(0, rows, chunk):
-        total = total + weight[start : start + chunk].astype(mx.float32).sum(axis=0, keepdims=True)
+        total = total + read(start, start + chunk).sum(axis=0, keepdims=True)
         mx.eval(total)
     for start in range(0, rows, chunk):
-        centred = weight[start : start + chunk].astype(mx.float32) - total / rows
+        centred = read(start, start + chunk) - total / rows
         outer = outer + centred.T @ centred
         mx.eval(outer)
     covariance = outer / (rows - 1)

@@ -15,12 +15,14 @@ class Progress:
         done: steps finished.
         total: steps there are at most; fewer may be needed.
         generated: while denoising, the ids generated so far (blocks begun, prompt aside), masks among them.
+        in_bytes: a step is a byte.
     """
 
     phase: str
     done: int
     total: int
     generated: tuple[int, ...] = ()
+    in_bytes: bool = False
 
 
 # Called after every step, in the caller's own thread. What it raises ends the work and reaches the caller.

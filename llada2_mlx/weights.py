@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from math import prod
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -12,10 +11,11 @@ from .checkpoint import Checkpoint, TensorInfo, check_tensors
 from .config import BackboneConfig
 from .errors import CheckpointError
 from .model import LLaDA2
+from .precision import Quantization, build, on_cpu, parameter_type
 from .progress import Progress
 
-PRECISIONS = {"bf16": mx.bfloat16, "float32": mx.float32}
-_STORED = {"BF16": mx.bfloat16, "F16": mx.bfloat16, "F32": mx.float32}
+EIGHT, SCALE, SIDE = "F8_E4M3", "_scale_inv", 128  # a float8 tensor NAME has NAME_scale_inv, a scale a 128 x 128 block
+STORED = ("BF16", "F16", "F32", EIGHT)
 
 
 def published_names(parameter: str, shape: tuple[int, ...]) -> list[str]:
@@ -24,63 +24,98 @@ def published_names(parameter: str, shape: tuple[int, ...]) -> list[str]:
     Everything has its published name except a layer's experts: ``mlp.switch_mlp.gate_proj.weight`` [E, out, in]
     is ``mlp.experts.0.gate_proj.weight`` ... ``mlp.experts.E-1.gate_proj.weight``.
     """
-    if not _is_stack(parameter):
+    if ".switch_mlp." not in parameter:
         return [parameter]
     return [parameter.replace(".switch_mlp.", f".experts.{expert}.") for expert in range(shape[0])]
 
 
-def _is_stack(parameter: str) -> bool:
-    """Whether a parameter stacks the experts of a layer, each of which is a tensor of its own in the checkpoint."""
-    return ".switch_mlp." in parameter
+def stored_type(tensors: dict[str, TensorInfo]) -> str:
+    """The precision that a backbone is stored in: float32, or bf16 for all smaller types."""
+    return "float32" if tensors["model.word_embeddings.weight"].dtype == "F32" else "bf16"
 
 
-def check_backbone(config: BackboneConfig, tensors: dict[str, TensorInfo], checkpoint: Checkpoint) -> None:
+def check_backbone(
+    config: BackboneConfig, block: Quantization | None, tensors: dict[str, TensorInfo], checkpoint: Checkpoint
+) -> None:
     """Compare names and shapes in the checkpoint with those of the network, without reading a weight.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape, or of a type that cannot be read.
     """
     expected = {}
-    for parameter, value in tree_flatten(LLaDA2(config).parameters()):
-        shape = value.shape[1:] if _is_stack(parameter) else value.shape
-        expected.update(dict.fromkeys(published_names(parameter, value.shape), shape))
+    for parameter, value in tree_flatten(build(config, block).parameters()):
+        names = _names(parameter, value.shape, tensors)
+        shape = value.shape if names == [parameter] else value.shape[1:]
+        expected.update(dict.fromkeys(names, shape))
+        kinds = ("U32",) if value.dtype == mx.uint32 else STORED
+        for name in names:
+            if name in tensors and tensors[name].dtype not in kinds:
+                raise CheckpointError(
+                    f"{name} in {tensors[name].file} is stored as {tensors[name].dtype}; only {', '.join(kinds)} can be "
+                    "read. Choose the model in one of these."
+                )
+            if name in tensors and tensors[name].dtype == EIGHT:
+                expected[name + SCALE] = tuple(-(-side // SIDE) for side in shape)
     check_tensors(tensors, expected, checkpoint.root)
-    for name, info in tensors.items():
-        if info.dtype not in _STORED:
+
+
+class Reader:
+    """Reads parameters of a checkpoint, each once.
+
+    A file is mapped lazily and a tensor is read when its parameter's turn comes; experts are stacked one layer's
+    projection at a time, so that never more than one stack exists twice.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._tensors = checkpoint.backbone_tensors()
+        self._files = {path: mx.load(str(path)) for path in {info.file for info in self._tensors.values()}}
+
+    def read(self, parameter: str, shape: tuple[int, ...], dtype: mx.Dtype | None) -> mx.array:
+        """A parameter, in memory.
+
+        Args:
+            dtype: that of the network; None keeps the type that the parameter is stored in.
+
+        Raises:
+            CheckpointError: a tensor holds values that are not finite.
+        """
+        names = _names(parameter, shape, self._tensors)
+        read = [self._read(name, dtype) for name in names]
+        value = read[0] if names == [parameter] else mx.stack(read)
+        del read
+        if value.dtype == mx.uint32:
+            mx.eval(value)
+            return value
+        if dtype is not None:
+            if ".mlp.gate." not in parameter:  # the router does not lose what it has
+                value = value.astype(dtype)
+            value = _laid_out(parameter, value.astype(parameter_type(parameter, dtype)))
+        finite = mx.isfinite(value).reshape(len(names), -1).all(axis=-1)
+        mx.eval(value, finite)
+        if bad := [name for name, ok in zip(names, finite.tolist()) if not ok]:
             raise CheckpointError(
-                f"{name} in {info.file} is stored as {info.dtype}; only {', '.join(_STORED)} can be read. "
-                "Choose the model in one of these."
+                f"{self._tensors[bad[0]].file} holds values that are not finite (NaN or infinity) in {bad[0]}. "
+                "Download it again."
             )
+        return value
+
+    def _read(self, name: str, dtype: mx.Dtype | None) -> mx.array:
+        value = self._files[self._tensors[name].file].pop(name)
+        if self._tensors[name].dtype != EIGHT:
+            return value
+        scale = self._files[self._tensors[name + SCALE].file].pop(name + SCALE).astype(mx.float32)
+        rows, columns = value.shape
+        scale = mx.repeat(mx.repeat(scale, SIDE, axis=0)[:rows], SIDE, axis=1)[:, :columns]
+        return (mx.from_fp8(value, mx.float32) * scale).astype(dtype or mx.bfloat16)
 
 
-def compute_type(precision: str, tensors: dict[str, TensorInfo]) -> mx.Dtype:
-    """The type to run in: as asked, or with ``auto`` the one that the embedding is stored in, float32 on a CPU."""
-    if precision != "auto":
-        return PRECISIONS[precision]
-    return mx.float32 if _on_cpu() else _STORED.get(tensors["model.word_embeddings.weight"].dtype, mx.bfloat16)
-
-
-def _parameter_type(parameter: str, dtype: mx.Dtype) -> mx.Dtype:
-    """The type to keep a parameter in, in a network of type ``dtype``."""
-    # the router is float32 by design; MLX's CPU backend multiplies experts in no other type
-    return mx.float32 if ".mlp.gate." in parameter or (_is_stack(parameter) and _on_cpu()) else dtype
-
-
-def memory_bytes(tensors: dict[str, TensorInfo], dtype: mx.Dtype) -> int:
-    """What the weights take in memory, in a network of type ``dtype``."""
-    kept = lambda name: _parameter_type(name.replace(".mlp.experts.", ".mlp.switch_mlp."), dtype)
-    return sum(prod(info.shape) * kept(name).size for name, info in tensors.items())
-
-
-def _on_cpu() -> bool:
-    return mx.default_device().type == mx.DeviceType.cpu
-
-
-def load_backbone(checkpoint: Checkpoint, dtype: mx.Dtype) -> Generator[Progress, None, LLaDA2]:
+def load_backbone(
+    checkpoint: Checkpoint, dtype: mx.Dtype, block: Quantization | None = None
+) -> Generator[Progress, None, LLaDA2]:
     """Build the network and read its weights, parameter by parameter, to run in ``dtype``.
 
-    A file is mapped lazily and a tensor is read when its parameter's turn comes; experts are stacked one
-    layer's projection at a time, so that never more than one stack exists twice.
+    Args:
+        block: how the checkpoint is quantised.
 
     Yields:
         Progress after each parameter.
@@ -91,24 +126,25 @@ def load_backbone(checkpoint: Checkpoint, dtype: mx.Dtype) -> Generator[Progress
     Raises:
         CheckpointError: a tensor holds values that are not finite.
     """
-    tensors = checkpoint.backbone_tensors()
-    model = LLaDA2(checkpoint.config)
-    files = {path: mx.load(str(path)) for path in {info.file for info in tensors.values()}}
+    model, reader = build(checkpoint.config, block), Reader(checkpoint)
     parameters = tree_flatten(model.parameters())
     for done, (parameter, empty) in enumerate(parameters, 1):
-        names = published_names(parameter, empty.shape)
-        read = [files[tensors[name].file].pop(name) for name in names]
-        value = mx.stack(read) if _is_stack(parameter) else read[0]
-        del read
-        if ".mlp.gate." not in parameter:
-            value = value.astype(dtype)
-        value = value.astype(_parameter_type(parameter, dtype))
-        finite = mx.isfinite(value).reshape(len(names), -1).all(axis=-1)
-        mx.eval(value, finite)
-        if bad := [name for name, ok in zip(names, finite.tolist()) if not ok]:
-            raise CheckpointError(
-                f"{tensors[bad[0]].file} holds values that are not finite (NaN or infinity) in {bad[0]}. Download it again."
-            )
-        model.load_weights([(parameter, value)], strict=False)
+        model.load_weights([(parameter, reader.read(parameter, empty.shape, dtype))], strict=False)
         yield Progress("loading weights", done, len(parameters))
     return model
+
+
+def _laid_out(parameter: str, value: mx.array) -> mx.array:
+    """The same matrix, column by column in memory where MLX runs on a CPU: its float32 products take half the time so.
+
+    The embedding and the head stay row by row: rows are taken from them. Scales and offsets do, too.
+    """
+    matrix = parameter.startswith("model.layers.") and parameter.endswith(".weight") and value.ndim > 1
+    if not matrix or value.dtype != mx.float32 or not on_cpu():
+        return value
+    return mx.contiguous(value.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+def _names(parameter: str, shape: tuple[int, ...], tensors: dict[str, TensorInfo]) -> list[str]:
+    """The tensors of a parameter: itself in a converted checkpoint, as published in one that is not."""
+    return [parameter] if parameter in tensors else published_names(parameter, shape)

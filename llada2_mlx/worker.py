@@ -7,11 +7,13 @@ thread that used MLX has to clear its streams before it ends, or the process abo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread, current_thread
 from typing import Any, TypeVar
+
+from .progress import OnStep, Progress, ignore
 
 T = TypeVar("T")
 
@@ -30,6 +32,28 @@ class MLXWorker:
         future: Future[T] = Future()
         self._calls.put((future, function, args))
         return future.result()
+
+    def drive(self, steps: Generator[Progress, None, T], on_step: OnStep = ignore) -> T:
+        """Run a generator on the worker's thread, step by step; returns its return value.
+
+        Args:
+            on_step: called after each step in the caller's thread; what it raises ends the work before the next one.
+        """
+
+        def advance() -> tuple[Progress | None, T | None]:
+            try:
+                return next(steps), None
+            except StopIteration as stop:
+                return None, stop.value
+
+        try:
+            while True:
+                progress, result = self.call(advance)
+                if progress is None:
+                    return result
+                on_step(progress)
+        finally:
+            self.call(steps.close)
 
 
 def _serve(calls: SimpleQueue) -> None:

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..llada2_mlx.checkpoint import Part
+from ..llada2_mlx.config import PRECISIONS
 from . import host
 from .sockets import BackboneSocket, model_input
 
@@ -21,9 +22,10 @@ class LoadLLaDA2Backbone(io.ComfyNode):
                 model_input("language model"),
                 io.Combo.Input(
                     "precision",
-                    options=["auto", "bf16", "float32"],
+                    options=list(PRECISIONS),
                     default="auto",
-                    tooltip="auto: what the model is stored in (float32 where MLX runs on the CPU). bf16 takes half of float32's memory.",
+                    tooltip="auto: the most exact that fits into this machine's memory. 8bit, 6bit and 4bit run from a smaller copy, which is "
+                    "made beside the model on first use. bf16 is what the published model is stored in.",
                 ),
             ],
             outputs=[BackboneSocket.Output("backbone", tooltip="For the text-to-VQ, understand and edit nodes.")],
@@ -40,4 +42,6 @@ class LoadLLaDA2Backbone(io.ComfyNode):
     @classmethod
     @host.explains_imports
     def execute(cls, model: str, precision: str) -> io.NodeOutput:
-        return io.NodeOutput(host.backbone(model, precision))
+        backbone = host.backbone(model, precision)
+        host.tell(backbone.reason)
+        return io.NodeOutput(backbone)

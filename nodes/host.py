@@ -20,6 +20,7 @@ from comfy.utils import ProgressBar
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ..llada2_mlx import hub
 from ..llada2_mlx.checkpoint import BUILT_IN as BUILT_IN_FOLDER
 from ..llada2_mlx.checkpoint import HUB_MODEL, Checkpoint, Part, resolve
 from ..llada2_mlx.errors import CheckpointError, LLaDA2Error
@@ -121,7 +122,9 @@ def checkpoint(model: str, *parts: Part) -> Checkpoint:
         raise CheckpointError(
             f"There is no model {model!r}. There are: {', '.join(model_names())}. Put a model folder into models/{_FOLDER}."
         )
-    return resolve(folders.get(model, model), *parts)
+    if model in folders:
+        return resolve(folders[model], *parts)
+    return resolve(model, *parts, on_step=progress())
 
 
 def check_model(model: str, *parts: Part) -> None:
@@ -146,7 +149,7 @@ def _folders() -> dict[str, Path]:
         if root.is_dir():
             for folder in root.iterdir():
                 if folder.is_dir() and not folder.name.startswith("."):
-                    found.setdefault(folder.name, folder)
+                    found.setdefault(folder.name, hub.snapshot(folder))
     return found
 
 
@@ -159,7 +162,7 @@ def progress(item: int = 0, items: int = 1) -> OnStep:
     Args:
         item, items: which of how many equal pieces of work this is.
     """
-    bar, phase = ProgressBar(1), ""
+    bar, phase, show = ProgressBar(1), "", progress_text()
 
     def step(at: Progress) -> None:
         nonlocal bar, phase
@@ -167,6 +170,8 @@ def progress(item: int = 0, items: int = 1) -> OnStep:
         if at.phase != phase:  # a bar does not go back
             bar, phase = ProgressBar(1), at.phase
         bar.update_absolute(item * at.total + at.done, items * at.total)
+        if at.in_bytes:  # it takes so long that a person wants to know how much is left
+            show(f"{at.phase}: {hub.amount(at.done)} of {hub.amount(at.total)}", final=at.done == at.total)
 
     return step
 
@@ -190,13 +195,18 @@ def progress_text() -> Callable[..., None]:
     return show
 
 
-def warn(sentence: str | None) -> None:
-    """Show a warning on the running node, and write it to the log; None is no warning."""
+def tell(sentence: str | None, level: int = logging.INFO, shown: str = "{}") -> None:
+    """Show a sentence on the running node, and write it to the log; None is nothing to tell."""
     if sentence is None:
         return
-    logging.warning("ComfyUI-LLaDA2-MLX: %s", sentence)
+    logging.log(level, "ComfyUI-LLaDA2-MLX: %s", sentence)
     if (context := get_executing_context()) is not None:
-        PromptServer.instance.send_progress_text(f"Warning: {sentence}", context.node_id)
+        PromptServer.instance.send_progress_text(shown.format(sentence), context.node_id)
+
+
+def warn(sentence: str | None) -> None:
+    """The same for a warning."""
+    tell(sentence, logging.WARNING, "Warning: {}")
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -280,7 +290,7 @@ class ManagedBackbone(ManagedPart):
             return handle
 
         super().__init__(f"backbone of {handle.checkpoint.root.name}", load, handle.size, type(handle).unload)
-        self.checkpoint, self.config = handle.checkpoint, handle.config
+        self.checkpoint, self.config, self.reason = handle.checkpoint, handle.config, handle.reason
         self._handle = handle
 
     @property
@@ -300,7 +310,7 @@ def backbone(model: str, precision: str) -> ManagedBackbone:
     from ..llada2_mlx.backbone import Backbone
 
     handle = Backbone(checkpoint(model, Part.BACKBONE), precision)
-    key = "backbone", handle.checkpoint.root.resolve(), handle.dtype  # "auto" is one of the others
+    key = "backbone", handle.checkpoint.root.resolve(), handle.precision  # "auto" is one of the others
     return _registered(key, fingerprint(model, Part.BACKBONE), lambda: ManagedBackbone(handle))
 
 

@@ -43,11 +43,11 @@ def test_the_library_knows_nothing_of_comfyui_and_the_pack_imports_itself_relati
 def test_arrows_point_one_way() -> None:
     """Of the library's layers, none imports one above it."""
     layers = [
-        {"errors", "files", "worker"},
-        {"config", "progress", "sizes", "vq"},
-        {"checkpoint", "model"},
+        {"errors", "files"},
+        {"config", "hub", "progress", "sizes", "vq", "worker"},
+        {"checkpoint", "model", "precision"},
         {"weights", "tokens", "guidance"},
-        {"prompts", "diffusion", "backbone", "imaging"},
+        {"prompts", "diffusion", "convert", "backbone", "imaging"},
         {"tasks"},
         {"shapes"},
         {"cli"},

@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..checkpoint import BUILT_IN, Checkpoint
+from ..config import PRECISIONS
 from .detector import read
 from .grammar import Change, Edit, Question, Topic, caption, edit, question
 from .studio import Studio
@@ -164,7 +165,11 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> Non
         say(f"| {name} | {wanted} | {measure()} |")
     scene, prompt = next(prompts(1))
     for name, wanted, work in (
-        ("256 x 256 picture, all stages, turbo", "20 s", lambda: Studio(studio.checkpoint).draw(prompt)),
+        (
+            "256 x 256 picture, all stages, turbo",
+            "20 s",
+            lambda: Studio(studio.checkpoint, studio.precision).draw(prompt),
+        ),
         ("answer", "5 s", lambda: studio.ask(draw(scene), "What is in the picture?")),
     ):
         say(f"| {name} | under {wanted} | {seconds(work):.1f} s |")
@@ -174,9 +179,12 @@ def main() -> None:
     """Print the table of a model."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", type=Path, default=BUILT_IN, help="a model folder; the built-in one if left out")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the backbone")
     parser.add_argument("--scale", type=float, default=1.0, help="the share of the pictures to take")
     arguments = parser.parse_args()
-    table(Studio(Checkpoint(arguments.model)), lambda line: print(line, flush=True), arguments.scale)
+    table(
+        Studio(Checkpoint(arguments.model), arguments.precision), lambda line: print(line, flush=True), arguments.scale
+    )
 
 
 if __name__ == "__main__":

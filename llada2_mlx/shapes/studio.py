@@ -22,14 +22,15 @@ class Studio:
 
     Args:
         checkpoint: any model; the built-in one if left out.
+        precision: of the backbone.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
-        self.checkpoint = checkpoint or Checkpoint(BUILT_IN)
+    def __init__(self, checkpoint: Checkpoint | None = None, precision: str = "auto") -> None:
+        self.checkpoint, self.precision = checkpoint or Checkpoint(BUILT_IN), precision
 
     @cached_property
     def backbone(self) -> Backbone:
-        return Backbone(self.checkpoint)
+        return Backbone(self.checkpoint, self.precision)
 
     @cached_property
     def tokenizer(self) -> ImageTokenizer:

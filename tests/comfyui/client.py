@@ -157,6 +157,8 @@ def serve(folder: Path, python: Path, base: Path, **environment: str) -> Iterato
         "--disable-api-nodes",
     ]
     command += ["--database-url", "sqlite:///:memory:"]
+    if (paths := base / "extra_model_paths.yaml").exists():
+        command += ["--extra-model-paths-config", paths]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment

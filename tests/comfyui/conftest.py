@@ -56,6 +56,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in BUILT_IN.iterdir():
         if part.name != "decoder-turbo":
             (partial / part.name).symlink_to(part)
+    # the built-in model as the hub's cache keeps one, in a place that extra_model_paths.yaml names
+    kept = base / "elsewhere/hub/models--someone--shapes"
+    (kept / "snapshots").mkdir(parents=True)
+    (kept / "snapshots/abc").symlink_to(BUILT_IN)
+    (kept / "refs").mkdir()
+    (kept / "refs/main").write_text("abc")
+    (base / "extra_model_paths.yaml").write_text(f"elsewhere:\n  base_path: {base}/elsewhere\n  llada2: hub\n")
     return base
 
 

@@ -68,7 +68,20 @@ def test_defaults_are_the_models_own(comfy: Comfy) -> None:
 def test_the_models_that_are_offered(comfy: Comfy) -> None:
     for node in ("LoadLLaDA2Backbone", "SigLIPVQEncode", "ZImageDecode"):
         options = comfy.get(f"/object_info/{node}")[node]["input"]["required"]["model"][1]["options"]
-        assert options == ["Shapes (built in)", "empty", "golden", "partial", "inclusionAI/LLaDA2.0-Uni"]
+        assert options == [
+            "Shapes (built in)",
+            "empty",
+            "golden",
+            "models--someone--shapes",
+            "partial",
+            "inclusionAI/LLaDA2.0-Uni",
+        ]
+
+
+def test_a_model_in_the_hubs_cache_that_extra_model_paths_names(comfy: Comfy, unique: str) -> None:
+    elsewhere = {"model": "models--someone--shapes"}
+    run = ran(comfy.run(workflow("text_to_image", **{"1": elsewhere, "2": {"prompt": unique}, "3": elsewhere})))
+    assert {"1", "3"} <= set(run.executed) and comfy.images(run)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,12 +133,9 @@ def test_the_bar_starts_again_after_the_weights_were_loaded(comfy: Comfy, unique
     assert weights != denoising and (1, weights) in own and (1, denoising) in own
 
 
-def test_the_answer_grows_on_the_canvas(comfy: Comfy, unique: str) -> None:
-    run = ran(
-        comfy.run(
-            workflow("ask_about_a_picture", **{"5": {"question": unique, "max_new_tokens": 256, "threshold": 1.0}})
-        )
-    )
+def test_the_answer_grows_on_the_canvas(comfy: Comfy) -> None:
+    asked = {"question": "Describe the picture.", "max_new_tokens": 256, "threshold": 1.0}
+    run = ran(comfy.run(workflow("ask_about_a_picture", **{"5": asked})))
     texts = [text for node, text in run.texts if node == "5"]
     assert len(texts) > 1 and len(set(texts)) > 1
     assert texts[-1] == run.outputs["6"]["text"][0]  # nothing of it is left unfinished

@@ -1,0 +1,186 @@
+"""Smaller copies of a model: its backbone with few bits, or stacked in bf16, written layer by layer.
+
+A copy grows in a hidden folder beside its place and takes it when it is whole. Stopped anywhere, the next call goes on
+with the layers that are there, if the source is still the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from filelock import FileLock, Timeout
+from mlx.utils import tree_flatten
+
+from .checkpoint import INDEX, Checkpoint, Part, safetensors_header
+from .errors import CheckpointError, LLaDA2Error, RequestError
+from .files import replacing
+from .precision import GROUP_SIZE, Quantization, build, memory_bytes, of, scheme
+from .progress import Progress
+from .weights import Reader, check_backbone
+
+STATE = "conversion.json"  # in a copy: what it was made of, and how
+WHOLE = 16  # bits that stand for bf16
+
+
+def own_copy(checkpoint: Checkpoint, bits: int) -> Path:
+    """Where the copy lies that is made by itself: inside the model's folder, or in the user's cache if that is read-only."""
+    inside = checkpoint.root / f"mlx-{bits}bit"
+    if inside.is_dir() or os.access(checkpoint.root, os.W_OK):
+        return inside
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "llada2-mlx" / "-".join(checkpoint.root.resolve().parts[1:]) / inside.name
+
+
+def is_current(copy: Path, checkpoint: Checkpoint, bits: int, group_size: int = GROUP_SIZE) -> bool:
+    """Whether ``copy`` is whole and was made of what ``checkpoint`` holds now."""
+    return _state(copy) == _wanted(checkpoint, bits, group_size)
+
+
+def convert(
+    checkpoint: Checkpoint, copy: Path, bits: int, group_size: int = GROUP_SIZE, replace: bool = False
+) -> Generator[Progress, None, Checkpoint]:
+    """Write a copy of a backbone, with its config and text tokenizer. It loads by itself.
+
+    Args:
+        checkpoint: stored in bf16, float16, float32 or float8; not quantised itself.
+        copy: the folder to make.
+        bits: 4, 6 or 8 for the experts, see ``precision.scheme``; 16 keeps everything in bf16.
+        replace: whether a folder that is there may be replaced, at the very end.
+
+    Yields:
+        Progress after each layer. Between two of them, little more than the largest layer has been in memory.
+
+    Raises:
+        RequestError: there are no such bits, or the folder is there already.
+        CheckpointError: the source cannot be read, or there is no room for the copy; before anything is written.
+    """
+    config, source_block = checkpoint.require(Part.BACKBONE).config, checkpoint.quantization
+    if source_block is not None:
+        raise RequestError(
+            f"{checkpoint.root} is quantised to {source_block['bits']} bits already; convert the model it was made of."
+        )
+    if copy.exists() and not replace:
+        raise RequestError(f"{copy} is there already. Delete it, or choose another place.")
+    block = None if bits == WHOLE else scheme(config, bits, group_size)
+    check_backbone(config, None, checkpoint.backbone_tensors(), checkpoint)
+    size = memory_bytes(config, mx.bfloat16, block)
+    partial, lock = (copy.with_name(f".{copy.name}.{end}") for end in ("partial", "lock"))
+    wanted = _wanted(checkpoint, bits, group_size)
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=0):
+            if partial.exists() and _state(partial) != wanted:
+                shutil.rmtree(partial)
+            partial.mkdir(exist_ok=True)
+            for cut_off in partial.glob(".*.partial"):  # files that a killed run had begun
+                cut_off.unlink()
+            _require_room(partial, size)
+            _write(partial / STATE, wanted)
+            weight_map = yield from _layers(checkpoint, partial, block)
+            _write(partial / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+            stated = checkpoint.json("config.json")
+            stated.pop("quantization_config", None)  # of a float8 source
+            _write(partial / "config.json", stated | ({"quantization": block} if block else {}))
+            for path in checkpoint.files(Part.BACKBONE):
+                if path.name.startswith("tokenizer"):
+                    shutil.copyfile(path, partial / path.name)
+            if copy.exists():
+                shutil.rmtree(copy)
+            partial.rename(copy)
+            lock.unlink(missing_ok=True)
+    except Timeout:
+        raise LLaDA2Error(f"{copy} is being written by another program; wait until it is done.") from None
+    except OSError as error:
+        raise LLaDA2Error(f"{copy} cannot be written ({error.strerror or error}). What is done is kept.") from error
+    return Checkpoint(copy)
+
+
+def link_parts(checkpoint: Checkpoint, copy: Path) -> None:
+    """Let a copy have the other parts of the model too: as hard links, or as links where that cannot be."""
+    for part in Part:
+        if part is Part.BACKBONE:
+            continue
+        for path in checkpoint.files(part):
+            target = copy / path.relative_to(checkpoint.root)
+            target.parent.mkdir(exist_ok=True)
+            if not target.exists():
+                try:
+                    os.link(path.resolve(), target)
+                except OSError:
+                    target.symlink_to(path.resolve())
+
+
+def _layers(
+    checkpoint: Checkpoint, folder: Path, block: Quantization | None
+) -> Generator[Progress, None, dict[str, str]]:
+    """Write each layer into a file of its own, unless it is there; returns the index."""
+    reader, groups = Reader(checkpoint), _groups(checkpoint)
+    weight_map: dict[str, str] = {}
+    for number, parameters in enumerate(groups, 1):
+        path = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        if not path.exists():
+            tensors: dict[str, mx.array] = {}
+            for parameter, shape in parameters:
+                tensors |= _kept(parameter, reader.read(parameter, shape, None), block)
+                mx.eval(tensors)
+            with replacing(path) as partial, open(partial, "wb") as file:
+                mx.save_safetensors(file, tensors, {"format": "mlx"})
+            del tensors
+            mx.clear_cache()
+        weight_map |= dict.fromkeys(safetensors_header(path), path.name)
+        yield Progress("converting", number, len(groups))
+    return weight_map
+
+
+def _kept(parameter: str, value: mx.array, block: Quantization | None) -> dict[str, mx.array]:
+    """What a copy keeps of a parameter: itself, or its packed weights with their scales and offsets."""
+    if value.ndim < 2 or ".mlp.gate." in parameter:  # norms and the router stay as they are
+        return {parameter: value}
+    value, path = value.astype(mx.bfloat16), parameter.removesuffix(".weight")
+    if block is None or not (how := of(block, path)):
+        return {parameter: value}
+    weight, scales, biases = mx.quantize(value, **how)
+    return {parameter: weight, f"{path}.scales": scales, f"{path}.biases": biases}
+
+
+def _groups(checkpoint: Checkpoint) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Names and shapes of the parameters, by what is written at once: the embeddings, each layer, the rest."""
+    groups: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for parameter, value in tree_flatten(build(checkpoint.config).parameters()):
+        layer = parameter.split(".")[2] if parameter.startswith("model.layers.") else parameter
+        groups.setdefault(layer, []).append((parameter, value.shape))
+    return list(groups.values())
+
+
+def _wanted(checkpoint: Checkpoint, bits: int, group_size: int) -> dict[str, Any]:
+    """What a copy is made of, as its ``STATE`` says it."""
+    files = {path.name: path.stat() for path in checkpoint.files(Part.BACKBONE)}
+    source = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
+    return {"bits": bits, "group_size": group_size, "source": source}
+
+
+def _state(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _require_room(folder: Path, size: int) -> None:
+    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if size - there > free:
+        raise CheckpointError(
+            f"The converted copy takes {size / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free. Make room."
+        )
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,157 @@
+"""How exactly a backbone's weights are kept: as they are stored, or in a few bits; and what fits into a machine.
+
+Few bits are MLX's affine quantisation: groups of weights of a row share a scale and an offset. A config says so in a
+``quantization`` block, in the form that mlx-lm writes and reads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .config import BackboneConfig
+from .errors import CheckpointError, RequestError
+from .model import LLaDA2
+
+Quantization = dict[
+    str, Any
+]  # the block: ``bits`` and ``group_size``, and by module path what differs (False: nothing)
+
+TYPES = {"float32": mx.float32, "bf16": mx.bfloat16}
+BITS = {"8bit": 8, "6bit": 6, "4bit": 4}
+GROUP_SIZE = 64
+GROUP_SIZES = (128, 64, 32)  # what MLX has
+OTHER_BITS = 8  # at least, of everything but the routed experts: a tenth of the weights, and each token passes them all
+WORK_BYTES = 3e9  # for activations, caches and what else runs; an assumption
+
+
+def on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def parameter_type(parameter: str, dtype: mx.Dtype) -> mx.Dtype:
+    """The type to keep a parameter in, in a network that runs in ``dtype``."""
+    # the router is float32 by design; MLX's CPU backend multiplies experts in no other type
+    whole_expert = ".switch_mlp." in parameter and parameter.endswith(".weight")
+    return mx.float32 if ".mlp.gate." in parameter or (whole_expert and on_cpu()) else dtype
+
+
+def scheme(config: BackboneConfig, bits: int, group_size: int = GROUP_SIZE) -> Quantization:
+    """The block for a backbone whose routed experts have ``bits`` bits, and all other matrices at least 8.
+
+    The router and the norms stay as they are. Where ``group_size`` does not divide a matrix's width, the next smaller
+    size that does is taken; where none does, the matrix stays as it is.
+
+    Raises:
+        RequestError: there are no such bits or groups.
+    """
+    if bits not in BITS.values() or group_size not in GROUP_SIZES:
+        raise RequestError(
+            f"{bits} bits in groups of {group_size} are not possible; bits can be {_listed(BITS.values())}, "
+            f"groups {_listed(GROUP_SIZES)}."
+        )
+    block: Quantization = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    for path, module in _matrices(LLaDA2(config)):
+        width = module.weight.shape[-1]
+        groups = next((size for size in GROUP_SIZES if size <= group_size and width % size == 0), None)
+        own = {"group_size": groups, "bits": bits if ".switch_mlp." in path else max(bits, OTHER_BITS)}
+        if groups is None:
+            block[path] = False
+        elif own != {"group_size": group_size, "bits": bits}:
+            block[path] = own
+    return block
+
+
+def check_block(block: Any, where: str) -> Quantization:
+    """The block of a config, if it is one that can be used.
+
+    Raises:
+        CheckpointError: it is of another kind.
+    """
+    entries = (
+        [block, *(entry for entry in block.values() if isinstance(entry, dict))] if isinstance(block, dict) else []
+    )
+    usable = lambda entry: entry.get("bits") in (2, 3, 4, 5, 6, 8) and entry.get("group_size") in GROUP_SIZES
+    if not entries or not all(map(usable, entries)) or block.get("mode", "affine") != "affine":
+        raise CheckpointError(
+            f"{where} has a quantization that cannot be read: affine, with bits and a group_size of "
+            f"{_listed(GROUP_SIZES)}, is needed. Convert the model again."
+        )
+    return block
+
+
+def build(config: BackboneConfig, block: Quantization | None = None) -> LLaDA2:
+    """The network, its matrices quantised as ``block`` says; no weight is computed."""
+    model = LLaDA2(config)
+    if block is not None:
+        nn.quantize(model, class_predicate=lambda path, module: hasattr(module, "to_quantized") and of(block, path))
+    return model
+
+
+def of(block: Quantization, path: str) -> dict[str, int] | bool:
+    """Bits and group size of a matrix, or False where it is not quantised."""
+    entry = block.get(path, block)
+    return entry and {"group_size": entry["group_size"], "bits": entry["bits"]}
+
+
+def memory_bytes(config: BackboneConfig, dtype: mx.Dtype, block: Quantization | None = None) -> int:
+    """What the weights take in memory, in a network that runs in ``dtype``."""
+    parameters = tree_flatten(build(config, block).parameters())
+    kept = lambda name, value: mx.uint32 if value.dtype == mx.uint32 else parameter_type(name, dtype)
+    return sum(prod(value.shape) * kept(name, value).size for name, value in parameters)
+
+
+def machine_bytes() -> int:
+    """What MLX may use of this machine's memory: as Metal recommends it, else three quarters of what there is."""
+    info = mx.device_info()
+    if recommended := info.get("max_recommended_working_set_size"):
+        return int(recommended)
+    total = info.get("total_memory") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(total) * 3 // 4
+
+
+def choose(config: BackboneConfig, stored: str, memory: int) -> tuple[str, str]:
+    """What ``auto`` means for a model that is not quantised: the most exact precision that fits, and why.
+
+    Args:
+        stored: "bf16" or "float32". Where MLX runs on the CPU, float32 stands for both.
+        memory: in bytes, see ``machine_bytes``.
+    """
+    first = "float32" if on_cpu() else stored
+    sizes = {
+        name: memory_bytes(config, run_type(name), scheme(config, BITS[name]) if name in BITS else None)
+        for name in (first, *BITS)
+    }
+    fitting = [name for name, size in sizes.items() if size + WORK_BYTES <= memory]
+    chosen = fitting[0] if fitting else list(sizes)[-1]
+    told = [f"{name} takes {size / 1e9:.1f} GB" for name, size in sizes.items()]
+    rest = f"and {WORK_BYTES / 1e9:.0f} GB to work in the {memory / 1e9:.1f} GB that MLX may use on this machine"
+    if not fitting:
+        return (
+            chosen,
+            f"Precision: {chosen}, the smallest; {told[-1]} {rest}: it is too large, and will be slow or fail.",
+        )
+    larger = told[: list(sizes).index(chosen)]
+    too_large = f"; {', '.join(larger)}, too much" if larger else ""
+    return chosen, f"Precision: {chosen}. {told[len(larger)]}, {rest}{too_large}."
+
+
+def run_type(precision: str) -> mx.Dtype:
+    """The type that a network of a precision runs in; a quantised one in bf16, or float32 on the CPU."""
+    return TYPES.get(precision) or (mx.float32 if on_cpu() else mx.bfloat16)
+
+
+def _matrices(model: LLaDA2) -> Iterator[tuple[str, nn.Module]]:
+    modules = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    return ((path, module) for path, module in modules if hasattr(module, "to_quantized"))
+
+
+def _listed(values: Any) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}"

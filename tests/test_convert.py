@@ -1,0 +1,363 @@
+"""Few bits: what is kept how, copies that are whole or not there, and what they cost in accuracy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+from published import BACKBONE as PUBLISHED
+from safetensors.torch import load_file, save_file
+from synthetic import BACKBONE, Sizes, tiny, write_backbone
+
+from llada2_mlx import cli, precision, tasks
+from llada2_mlx.backbone import Backbone
+from llada2_mlx.checkpoint import Checkpoint, Part, safetensors_header
+from llada2_mlx.config import PRECISIONS
+from llada2_mlx.convert import STATE, convert, is_current, own_copy
+from llada2_mlx.errors import CheckpointError, LLaDA2Error, RequestError
+from llada2_mlx.progress import Progress, ignore
+from llada2_mlx.weights import SCALE, SIDE
+from llada2_mlx.worker import MLXWorker
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Checkpoint:
+    return Checkpoint(Path(shutil.copytree(tiny(), tmp_path / "source")))
+
+
+def converted(source: Checkpoint, copy: Path, bits: int, on_step=ignore, **options) -> Checkpoint:
+    return MLXWorker().drive(convert(source, copy, bits, **options), on_step)
+
+
+def hidden_states(network, ids):
+    yield Progress("computing", 1, 1)
+    return np.array(network(mx.array(ids)).astype(mx.float32))
+
+
+def weights(network):
+    yield Progress("reading", 1, 1)
+    return {name: np.array(value.astype(mx.float32)) for name, value in tree_flatten(network.parameters())}
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Median over positions of the relative error of hidden states."""
+    return float(np.median(np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)))
+
+
+# --- the scheme ---------------------------------------------------------------------------------------------------
+
+
+def test_experts_have_the_bits_and_all_else_has_more() -> None:
+    block = precision.scheme(PUBLISHED, 4)
+    expert, head = "model.layers.3.mlp.switch_mlp.up_proj", "lm_head"
+    assert precision.of(block, expert) == {"group_size": 64, "bits": 4}
+    for path in (head, "model.word_embeddings", "model.layers.0.mlp.up_proj", "model.layers.5.attention.dense"):
+        assert precision.of(block, path) == {"group_size": 64, "bits": 8}
+    network = dict(tree_flatten(precision.build(PUBLISHED, block).parameters()))
+    for kept in (
+        "model.layers.3.mlp.gate.weight",
+        "model.norm.weight",
+        "model.layers.3.attention.key_layernorm.weight",
+    ):
+        assert network[kept].dtype == mx.float32 and kept.replace("weight", "scales") not in network
+    assert network[f"{expert}.weight"].shape == (256, 512, 2048 * 4 // 32)
+
+
+def test_a_width_that_groups_do_not_divide() -> None:
+    block = precision.scheme(replace(BACKBONE, moe_intermediate_size=96), 4, group_size=64)
+    assert precision.of(block, "model.layers.1.mlp.switch_mlp.up_proj") == {"group_size": 64, "bits": 4}
+    assert precision.of(block, "model.layers.1.mlp.switch_mlp.down_proj") == {"group_size": 32, "bits": 4}
+    odd = precision.scheme(replace(BACKBONE, moe_intermediate_size=40), 4, group_size=64)
+    assert precision.of(odd, "model.layers.1.mlp.switch_mlp.down_proj") is False
+
+
+@pytest.mark.parametrize(("bits", "groups"), [(3, 64), (16, 64), (4, 48)])
+def test_bits_that_there_are_not(bits: int, groups: int) -> None:
+    with pytest.raises(RequestError, match="bits can be 8, 6 or 4"):
+        precision.scheme(BACKBONE, bits, groups)
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(110e9, 0), (36e9, 0), (21.4e9, 1), (16e9, 3)])
+def test_auto_takes_the_most_exact_that_fits(memory: float, expected: int) -> None:
+    """What MLX may use on Macs of 128, 48, 32 and 24 GB. A CPU needs float32 for bf16, and has no more to offer."""
+    names = [name for name in PRECISIONS if name.endswith("bit")]
+    if precision.on_cpu():
+        expected, memory = (expected, memory) if expected else (0, memory + 33e9)
+    chosen, reason = precision.choose(PUBLISHED, "bf16", int(memory))
+    first = "float32" if precision.on_cpu() else "bf16"
+    assert chosen == [first, *names][expected] and reason.startswith(f"Precision: {chosen}. {chosen} takes ")
+    assert ("too much" in reason) == (expected > 0)
+
+
+def test_auto_where_nothing_fits_says_so() -> None:
+    chosen, reason = precision.choose(PUBLISHED, "bf16", int(8e9))
+    size = "10.7 GB" if precision.on_cpu() else "9.7 GB"  # the scales of a network that runs in float32 are float32
+    assert chosen == "4bit" and size in reason and "too large" in reason
+
+
+def test_sizes_of_the_published_model() -> None:
+    size = lambda bits: precision.memory_bytes(PUBLISHED, mx.bfloat16, precision.scheme(PUBLISHED, bits)) / 1e9
+    assert 9 < size(4) < 10 and 17 < size(8) < 18
+
+
+# --- copies -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.04), (6, 0.08), (4, 0.3)])
+def test_a_copy_is_near_to_its_source(checkpoint: Checkpoint, tmp_path: Path, bits: int, most: float) -> None:
+    copy = converted(checkpoint, tmp_path / "copy", bits, group_size=32)
+    small, whole = Backbone(copy), Backbone(checkpoint, "float32")
+    assert small.precision == f"{bits}bit" and small.reason is None
+    ids = [[(7 * i + 3) % whole.config.vocab_size for i in range(96)]]
+    found, expected = (backbone.run(hidden_states, ids) for backbone in (small, whole))
+    assert 0 < error(found, expected) < most
+    assert small.run(weights)["model.layers.1.mlp.gate.weight"] == pytest.approx(
+        whole.run(weights)["model.layers.1.mlp.gate.weight"]
+    )
+
+
+def test_a_copy_holds_what_the_loaded_network_holds(source: Checkpoint, tmp_path: Path) -> None:
+    copy = Backbone(converted(source, tmp_path / "copy", 4))
+    kept = copy.run(weights)
+    assert copy.size == sum(value.nbytes for _, value in tree_flatten(copy.load().parameters())) and set(kept) == set(
+        dict(tree_flatten(precision.build(copy.config, copy.checkpoint.quantization).parameters()))
+    )
+    up = "model.layers.2.mlp.switch_mlp.up_proj"
+    stack = load_file(source.root / "model.safetensors")
+    expert = stack["model.layers.2.mlp.experts.5.up_proj.weight"].float().numpy()
+    step = kept[f"{up}.scales"][5].repeat(64, axis=-1)
+    packed = np.array(copy.load().model.layers[2].mlp.switch_mlp.up_proj.weight[5])
+    codes = np.stack([packed >> shift & 15 for shift in range(0, 32, 4)], axis=-1).reshape(expert.shape)
+    rebuilt = codes * step + kept[f"{up}.biases"][5].repeat(64, axis=-1)
+    assert np.abs(rebuilt - expert).max() <= 0.75 * np.abs(step).max()  # half a step, and bf16's rounding of the scales
+
+
+def test_sixteen_bits_change_nothing(source: Checkpoint, tmp_path: Path) -> None:
+    copy = converted(source, tmp_path / "copy", 16)
+    assert copy.quantization is None and "model.layers.1.mlp.switch_mlp.up_proj.weight" in copy.backbone_tensors()
+    found, expected = (Backbone(part, "float32").run(weights) for part in (copy, source))
+    assert found.keys() == expected.keys() and all((found[name] == expected[name]).all() for name in found)
+
+
+def test_a_few_bits_are_made_on_first_use_and_once(source: Checkpoint) -> None:
+    def phases(backbone: Backbone) -> set[str]:
+        seen = set()
+        tasks.text_to_vq(backbone, "a cat", on_step=lambda progress: seen.add(progress.phase))
+        return seen
+
+    backbone = Backbone(source, "4bit")
+    assert not own_copy(source, 4).exists()  # opening reads headers and writes nothing
+    assert {"converting", "loading weights"} < phases(backbone)
+    assert "converting" not in phases(Backbone(source, "4bit"))
+    (source.root / "model.safetensors").touch()  # another file, for all one knows
+    assert "converting" in phases(Backbone(source, "4bit"))
+    assert Backbone(Checkpoint(own_copy(source, 4))).precision == "4bit"  # it is a model of its own
+    assert is_current(own_copy(source, 4), source, 4)
+
+
+def test_stopped_between_layers_it_goes_on(source: Checkpoint, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converted(source, tmp_path / "copy", 8, on_step=stop)
+    assert not (tmp_path / "copy").exists()
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".copy.partial").glob("model-*")}
+    assert len(written) == 3
+    copy = converted(source, tmp_path / "copy", 8)
+    assert written.items() <= {path.name: path.stat().st_mtime_ns for path in copy.root.glob("model-*")}.items()
+    assert copy.missing(Part.BACKBONE) == [] and not list(tmp_path.glob(".copy*"))
+    assert tasks.text_to_vq(Backbone(copy), "a cat").grid.height == 8
+
+
+def test_what_was_begun_of_another_source_is_not_taken(source: Checkpoint, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converted(source, tmp_path / "copy", 8, on_step=stop)
+    tensors = load_file(source.root / "model.safetensors")
+    tensors["model.word_embeddings.weight"] += 1
+    save_file(tensors, source.root / "model.safetensors")
+    copy = Backbone(converted(source, tmp_path / "copy", 8)).run(weights)
+    assert np.median(copy["model.word_embeddings.biases"]) > -1  # was -3 or so: each row is 1 higher
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from llada2_mlx.checkpoint import Checkpoint
+from llada2_mlx import convert
+from llada2_mlx.worker import MLXWorker
+import mlx.core as mx
+
+save, writes = mx.save_safetensors, 0
+def save_and_die(file, *args):
+    global writes
+    writes += 1
+    if writes == 3:
+        file.write(b"half a file"); file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(file, *args)
+mx.save_safetensors = save_and_die
+MLXWorker().drive(convert.convert(Checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), 8))
+"""
+
+
+def test_killed_while_it_writes_it_goes_on(source: Checkpoint, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    done = subprocess.run([sys.executable, "-c", KILLED, source.root, copy], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not copy.exists() and len(list((tmp_path / ".copy.partial").glob("model-*"))) == 2
+    converted(source, copy, 8)
+    assert not [path for path in copy.iterdir() if path.suffix == ".partial"]
+    for path in copy.glob("*.safetensors"):
+        safetensors_header(path)
+    assert tasks.text_to_vq(Backbone(Checkpoint(copy)), "a cat").grid.height == 8
+
+
+def test_two_at_once(source: Checkpoint, tmp_path: Path) -> None:
+    worker, steps = MLXWorker(), convert(source, tmp_path / "copy", 8)
+    worker.call(next, steps)
+    with pytest.raises(LLaDA2Error, match="being written by another program"):
+        converted(source, tmp_path / "copy", 8)
+    worker.drive(steps)
+    assert Checkpoint(tmp_path / "copy").missing(Part.BACKBONE) == []
+
+
+def test_no_room(source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=r"takes 0.0 GB in .* 0.0 GB are free"):
+        converted(source, tmp_path / "copy", 8)
+    assert not (tmp_path / "copy").exists() and not list(tmp_path.rglob("model-*"))
+
+
+def test_what_is_refused(source: Checkpoint, tmp_path: Path) -> None:
+    copy = converted(source, tmp_path / "copy", 8)
+    with pytest.raises(RequestError, match="is there already"):
+        converted(source, tmp_path / "copy", 8)
+    with pytest.raises(RequestError, match="is quantised to 8 bits already"):
+        converted(copy, tmp_path / "smaller", 4)
+    for other in ("bf16", "float32", "4bit"):
+        with pytest.raises(RequestError, match="quantised to 8 bits, and what they lack does not come back"):
+            Backbone(copy, other)
+    for block in ([], {"bits": 8}, {"bits": 7, "group_size": 64}, {"bits": 4, "group_size": 32, "mode": "mxfp4"}):
+        config = json.loads((source.root / "config.json").read_text())
+        (source.root / "config.json").write_text(json.dumps(config | {"quantization": block}))
+        with pytest.raises(CheckpointError, match="quantization that cannot be read"):
+            Backbone(Checkpoint(source.root))
+
+
+def test_a_copy_that_is_cut_short(source: Checkpoint, tmp_path: Path) -> None:
+    copy = converted(source, tmp_path / "copy", 4)
+    shard = sorted(copy.root.glob("model-*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{shard.name} cannot be read: it is truncated"):
+        Backbone(Checkpoint(copy.root))
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name} is not there"):
+        Backbone(Checkpoint(copy.root))
+
+
+def test_memory_of_a_conversion_is_a_layer(tmp_path: Path) -> None:
+    wide = replace(BACKBONE, num_hidden_layers=8, moe_intermediate_size=256, hidden_size=256, intermediate_size=256)
+    (tmp_path / "wide").mkdir()
+    write_backbone(tmp_path / "wide", Sizes(wide), torch.bfloat16)
+    worker = MLXWorker()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    worker.drive(convert(Checkpoint(tmp_path / "wide"), tmp_path / "copy", 4))
+    layer = 2 * 3 * 16 * 256 * 256  # the experts of a layer, in bytes
+    assert mx.get_peak_memory() - before < 1.5 * layer
+    assert (tmp_path / "wide/model.safetensors").stat().st_size > 6 * layer
+
+
+def test_opening_a_copy_reads_nothing(source: Checkpoint, tmp_path: Path) -> None:
+    copy = converted(source, tmp_path / "copy", 4)
+    before, began = mx.get_active_memory(), time.perf_counter()
+    backbone = Backbone(copy)
+    assert time.perf_counter() - began < 5 and mx.get_active_memory() - before < 0.1 * backbone.size
+    mx.reset_peak_memory()
+    backbone.load()
+    assert mx.get_peak_memory() - before < 1.3 * backbone.size  # it is there once
+
+
+# --- float8 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eight(source: Checkpoint) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
+    """The checkpoint with its matrices in float8, with a scale for each 128 x 128 block; and what they stand for."""
+    tensors, meant = load_file(source.root / "model.safetensors"), {}
+    for name, value in list(tensors.items()):
+        if "proj" not in name and "query_key_value" not in name:
+            continue
+        rows, columns = (-(-side // SIDE) for side in value.shape)
+        scale = torch.rand(rows, columns) / 100 + 0.005
+        spread = scale.repeat_interleave(SIDE, 0)[: value.shape[0]].repeat_interleave(SIDE, 1)[:, : value.shape[1]]
+        tensors[name] = (value.float() / spread).to(torch.float8_e4m3fn)
+        tensors[name + SCALE] = scale
+        meant[name] = tensors[name].float() * spread
+    save_file(tensors, source.root / "model.safetensors")
+    config = json.loads((source.root / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (source.root / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
+    return Checkpoint(source.root), meant
+
+
+def test_float8_is_read_by_its_scales(eight) -> None:
+    checkpoint, meant = eight
+    found = Backbone(checkpoint, "float32").run(weights)
+    assert len(meant) > 100
+    for name, value in meant.items():
+        if "experts." in name and "shared" not in name:
+            left, right = name.split(".experts.")
+            expert, projection = right.split(".", 1)
+            mine = found[f"{left}.switch_mlp.{projection}"][int(expert)]
+        else:
+            mine = found[name]
+        assert np.allclose(mine, value.numpy(), rtol=1e-6, atol=0)
+
+
+def test_float8_can_be_converted(eight, tmp_path: Path) -> None:
+    copy = converted(eight[0], tmp_path / "copy", 8)
+    assert "quantization_config" not in copy.json("config.json")
+    assert tasks.text_to_vq(Backbone(copy), "a cat").grid.height == 8
+
+
+def test_float8_without_a_scale(eight) -> None:
+    checkpoint, meant = eight
+    tensors, name = load_file(checkpoint.root / "model.safetensors"), next(iter(meant))
+    del tensors[name + SCALE]
+    save_file(tensors, checkpoint.root / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"missing: {name}{SCALE}"):
+        Backbone(checkpoint)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, copy = Path(shutil.copytree(tiny(), tmp_path / "source")), tmp_path / "copy"
+    assert cli.main(["convert", str(source), str(copy), "--bits", "4", "--group-size", "32"]) == 0
+    assert "copy: 0.00 GB" in capsys.readouterr().out
+    assert Checkpoint(copy).quantization["bits"] == 4 and Checkpoint(copy).quantization["group_size"] == 32
+    Checkpoint(copy).require(*Part)  # the other parts are there too
+    decoder = "decoder-turbo/decoder_model.safetensors"
+    assert (copy / decoder).stat().st_ino == (source / decoder).stat().st_ino  # and take no room
+    assert cli.main(["convert", str(source), str(copy)]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert STATE in {path.name for path in copy.iterdir()}
