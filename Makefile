@@ -6,7 +6,7 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test shapes evaluate lint clean
+.PHONY: demo test shapes evaluate benchmarks lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/llada2-mlx demo demo
@@ -21,6 +21,10 @@ shapes: $(VENV)/.ready
 # The table of what the built-in model can do.
 evaluate: $(VENV)/.ready
 	$(BIN)/python -m llada2_mlx.shapes.measures
+
+# How fast generation is on a random model; more with ARGS, such as ARGS="--only 512 --json figures.json".
+benchmarks: $(VENV)/.ready
+	cd tests && ../$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet ruff

@@ -1,0 +1,85 @@
+"""What the published backbone would take on Apple chips if nothing but reading its weights took time. Computed, not measured.
+
+``python tests/benchmarks/apple.py`` prints the table. A step reads every matrix that it needs once: of the experts those
+that its tokens choose, of the output head the rows that may be chosen. What a chip can read in a second is what its
+maker states, times ``SHARE``. Work that is bound by arithmetic (long prompts, the image decoder) is not in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from math import prod
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from published import BACKBONE  # noqa: E402
+
+from llada2_mlx import precision  # noqa: E402
+
+SHARE = 0.7  # of the stated bandwidth that is reached; an assumption
+BLOCK, STEPS, TEXT_STEPS = 32, 8, 32
+PROMPT, ANSWER = 36, 300  # tokens
+CHIPS = {  # GB/s
+    "M1": 68, "M1 Pro": 200, "M1 Max": 400, "M1 Ultra": 800, "M2": 100, "M2 Pro": 200, "M2 Max": 400, "M2 Ultra": 800,
+    "M3": 100, "M3 Pro": 150, "M3 Max": 400, "M3 Ultra": 819, "M4": 120, "M4 Pro": 273, "M4 Max": 546,
+    "M5": 153, "M5 Pro": 307, "M5 Max": 614,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Print the table."""
+    precisions = ("bf16", "8bit", "4bit")
+    jobs = {
+        "512 x 512": lambda bits: drawing_bytes(bits, 16),
+        "1024 x 1024": lambda bits: drawing_bytes(bits, 32),
+        "answer": answer_bytes,
+    }
+    print(f"| chip | GB/s | {' | '.join(f'{job}, {name}' for job in jobs for name in precisions)} |")
+    print("|---" * (2 + len(jobs) * len(precisions)) + "|")
+    read = [work(name) for work in jobs.values() for name in precisions]
+    print(f"| GB read | | {' | '.join(f'{size / 1e9:,.0f}' for size in read)} |")
+    for chip, speed in CHIPS.items():
+        print(f"| {chip} | {speed} | {' | '.join(f'{size / 1e9 / speed / SHARE:.0f} s' for size in read)} |")
+
+
+def drawing_bytes(name: str, side: int) -> float:
+    """A picture of side x side codes: both branches, all blocks, ``STEPS`` steps each."""
+    blocks = blocks_of(PROMPT, side * side)
+    return blocks * (step_bytes(name, 4 * BLOCK) + (STEPS - 1) * step_bytes(name, 2 * BLOCK))
+
+
+def answer_bytes(name: str) -> float:
+    """An answer: every token of a block settles in a step of its own."""
+    text = BACKBONE.vocab_size
+    blocks = blocks_of(PROMPT, ANSWER)
+    return blocks * (step_bytes(name, 2 * BLOCK, text) + (TEXT_STEPS - 1) * step_bytes(name, BLOCK, text))
+
+
+def blocks_of(prompt: int, length: int) -> int:
+    """Blocks that hold something to denoise."""
+    return -(-(prompt + length) // BLOCK) - prompt // BLOCK
+
+
+def step_bytes(name: str, tokens: int, rows: int = BACKBONE.codebook_size) -> float:
+    """What a step of so many tokens reads. Each token chooses its experts independently of the others."""
+    chosen = 1 - (1 - BACKBONE.num_experts_per_tok / BACKBONE.num_experts) ** tokens
+    block = precision.scheme(BACKBONE, precision.BITS[name]) if name in precision.BITS else None
+    total = 0.0
+    for parameter, value in tree_flatten(precision.build(BACKBONE, block).parameters()):
+        size = prod(value.shape) * (4 if value.dtype == mx.uint32 or ".mlp.gate." in parameter else 2)
+        if ".switch_mlp." in parameter:
+            size *= chosen
+        elif parameter.startswith("lm_head."):
+            size *= rows / BACKBONE.vocab_size
+        elif parameter.startswith("model.word_embeddings."):
+            continue
+        total += size
+    return total
+
+
+if __name__ == "__main__":
+    main()

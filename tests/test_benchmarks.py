@@ -1,0 +1,61 @@
+"""The benchmarks at the smallest size: every way does the same work's tokens, so that their times can be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from benchmarks import model, profile, upstream
+from benchmarks.__main__ import SECTIONS, main
+from benchmarks.measure import Case, compare, ours, picture, question
+
+from llada2_mlx.backbone import Backbone
+from llada2_mlx.checkpoint import Checkpoint
+from llada2_mlx.diffusion import Method
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    folder = model.write(tmp_path_factory.mktemp("benchmarks") / "tiny", model.SIZES["tiny"])
+    return Backbone(Checkpoint(folder), "float32")
+
+
+def test_rows_are_of_the_same_tokens(random_model: Backbone) -> None:
+    request = picture(random_model, 256)
+    cases = [
+        Case.of(method.name, random_model, request, lambda request, method=method: ours(request, method))
+        for method in Method
+    ]
+    section = compare("a picture", cases, 1)
+    assert [row.equal_tokens for row in section.rows] == ["64/64"] * 3
+    assert [row.positions for row in section.rows[:2]] == [1664, 4480]
+    assert len(section.ratios) == 2
+
+
+def test_tokens_are_many(random_model: Backbone) -> None:
+    """Else it would say little that they are equal."""
+    assert len(set(random_model.run(ours(picture(random_model, 256))).ids)) > 10
+
+
+@pytest.mark.skipif(upstream.version() is None, reason="mlx-vlm is not installed")
+@pytest.mark.parametrize("kind", ["codes", "text"])
+def test_mlx_vlm_gives_the_same_tokens(random_model: Backbone, kind: str) -> None:
+    request = picture(random_model, 256, rescale=0.0) if kind == "codes" else question(random_model, codes=60)
+    mine, theirs = (random_model.run(way(request)).ids for way in (ours, getattr(upstream, kind)))
+    assert mine == theirs
+
+
+def test_parts_are_those_of_a_generation(random_model: Backbone) -> None:
+    seconds = profile.parts(random_model, question(random_model, codes=60))
+    assert {"attention", "routed experts", "output head", "the rest"} <= set(seconds)
+    assert min(seconds.values()) > 0
+
+
+def test_the_command_writes_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(upstream, "version", lambda: None)
+    main(["--size", "tiny", "--only", "mlx-vlm-codes", "--json", str(tmp_path / "figures.json")])
+    assert "not installed" in capsys.readouterr().out
+    assert '"sections"' in (tmp_path / "figures.json").read_text()
+    assert "mlx-vlm-codes" in SECTIONS
