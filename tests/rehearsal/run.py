@@ -1,0 +1,196 @@
+"""Everything once at full size, with synthetic weights: how long it takes, and how much memory.
+
+``python tests/rehearsal/run.py FOLDER`` needs 45 GB of disk and 20 GB of memory. Stopped, it goes on where it was; a
+stage that is named with ``--stages`` runs again. Each stage is a process of its own, so that its peak is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+PROMPT = (
+    "A red fox in deep snow under tall pines at dawn, breath in the cold air, soft light from the left, a photograph"
+)
+
+
+class Rehearsal:
+    """The stages, in their order. ``whole`` is the checkpoint as published, ``small`` its copy with 4 bits."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.whole, self.small = folder, folder / "whole", folder / "small"
+        self.told: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Note the seconds of a part of a stage."""
+        began = time.perf_counter()
+        yield
+        self.told[what] = round(time.perf_counter() - began, 1)
+
+    def write(self) -> None:
+        """write the backbone, 32.6 GB in bf16"""
+        from pieces import write_backbone
+
+        with self.timed("seconds"):
+            write_backbone(self.whole)
+
+    def convert(self) -> None:
+        """convert it to 4 bits"""
+        from llada2_mlx.checkpoint import Checkpoint, Part
+        from llada2_mlx.convert import convert
+        from llada2_mlx.worker import MLXWorker
+
+        with self.timed("seconds"):
+            copy = MLXWorker().drive(convert(Checkpoint(self.whole), self.small, 4))
+        self.told["GB"] = round(sum(path.stat().st_size for path in copy.files(Part.BACKBONE)) / 1e9, 2)
+        shutil.rmtree(self.whole)  # its room is needed
+
+    def open(self) -> None:
+        """open the copy, and read its weights"""
+        with self.timed("seconds to open"):
+            backbone = self._backbone()
+        with self.timed("seconds to read"):
+            backbone.load()
+
+    def draw(self) -> None:
+        """one block of text to image at 1024 x 1024 with guidance, 8 steps"""
+        from llada2_mlx import prompts
+        from llada2_mlx.diffusion import Sampling, Vocabulary
+        from llada2_mlx.guidance import Guidance
+
+        backbone = self._backbone()
+        tokens = backbone.tokens
+        request = prompts.text_to_image(tokens, PROMPT, 32, 32).branches
+        self._block(
+            backbone, request, Vocabulary(tokens.mask, tokens.image_offset), Sampling(steps=8), Guidance.simple(2.0)
+        )
+
+    def understand(self) -> None:
+        """one block of understanding on 2,500 codes, 8 steps"""
+        from llada2_mlx import prompts
+        from llada2_mlx.diffusion import Sampling, Vocabulary
+        from llada2_mlx.guidance import Guidance
+        from llada2_mlx.vq import VQGrid
+
+        backbone = self._backbone()
+        tokens = backbone.tokens
+        grid = VQGrid.from_list([37 * i % 16384 for i in range(2500)], 50, 50, 16384)
+        request = prompts.understand(tokens, grid, "Describe this image in detail.").branches
+        self._block(backbone, request, Vocabulary(tokens.mask, 0, tokens.end), Sampling(steps=8), Guidance())
+
+    def parts(self) -> None:
+        """write the image tokenizer, a decoder and the VAE, 15.3 GB"""
+        from pieces import write_image_parts
+
+        with self.timed("seconds"):
+            write_image_parts(self.small)
+
+    def encode(self) -> None:
+        """encode a picture of 512 x 512"""
+        from PIL import Image
+
+        from llada2_mlx.checkpoint import Part
+        from llada2_mlx.imaging.prepare import Purpose
+
+        tokenizer = self._part(Part.IMAGE_TOKENIZER)
+        with self.timed("seconds"):
+            grid = tokenizer.encode(Image.radial_gradient("L").resize((512, 512)).convert("RGB"), Purpose.EDIT, 512)
+        assert (grid.height, grid.width) == (32, 32)
+
+    def decode(self) -> None:
+        """two decoder steps at 512 x 512, without guidance"""
+        from llada2_mlx.checkpoint import Part
+        from llada2_mlx.imaging.decoder import DecodeOptions
+        from llada2_mlx.vq import VQGrid
+
+        decoder = self._part(Part.DECODER_TURBO)
+        grid = VQGrid.from_list([37 * i % 16384 for i in range(256)], 16, 16, 16384)
+        with self.timed("seconds"):
+            latents = decoder.sample([grid], DecodeOptions(steps=3, guidance=0.0))
+        assert latents.shape == (1, 16, 64, 64) and latents.isfinite().all()
+
+    def pixels(self) -> None:
+        """VAE, latents to 512 x 512 pixels"""
+        import torch
+
+        from llada2_mlx.checkpoint import Part
+
+        vae = self._part(Part.VAE)
+        with self.timed("seconds"):
+            pixels = vae.decode(torch.zeros(1, 16, 64, 64))
+        assert pixels.shape == (1, 512, 512, 3)
+
+    def _backbone(self):
+        from llada2_mlx.backbone import Backbone
+        from llada2_mlx.checkpoint import Checkpoint
+
+        return Backbone(Checkpoint(self.small))
+
+    def _part(self, part):
+        from llada2_mlx.checkpoint import Checkpoint
+        from llada2_mlx.imaging import load_part
+
+        with self.timed("seconds to read"):
+            return load_part(Checkpoint(self.small), part)
+
+    def _block(self, backbone, branches, vocabulary, sampling, guidance) -> None:
+        """The first block that holds something to denoise."""
+        from llada2_mlx.diffusion import generate
+
+        backbone.load()
+        length = sampling.block_length - len(branches[0]) % sampling.block_length
+        with self.timed("seconds"):
+            result = backbone.run(generate, branches, length, vocabulary, sampling, guidance)
+        self.told |= {"prompt": len(branches[0]), "steps": result.report.steps, "positions": result.report.positions}
+        assert result.report.blocks == 1
+
+
+STAGES = [name for name, value in vars(Rehearsal).items() if name[0] != "_" and name != "timed" and callable(value)]
+
+
+def main() -> None:
+    """Run the stages that are not done yet, and print the table of all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the checkpoint is written; it stays there")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, help="run these again; what is not done yet if left out")
+    parser.add_argument("--alone", choices=STAGES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        return _alone(arguments.folder, arguments.alone)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    results = arguments.folder / "results.json"
+    done = json.loads(results.read_text()) if results.exists() else {}
+    for stage in arguments.stages or [name for name in STAGES if name not in done]:
+        command = [sys.executable, __file__, str(arguments.folder), "--alone", stage]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        done[stage] = json.loads(said.splitlines()[-1])
+        results.write_text(json.dumps(done, indent=1))
+        print(stage, done[stage], flush=True)
+    print("\n| stage | figures | peak memory |\n|---|---|---|")
+    for stage in (name for name in STAGES if name in done):
+        told = {**done[stage]}
+        peak = told.pop("peak")
+        figures = ", ".join(f"{value} {name}" for name, value in told.items())
+        print(f"| {getattr(Rehearsal, stage).__doc__} | {figures} | {peak:.1f} GB |")
+
+
+def _alone(folder: Path, stage: str) -> None:
+    rehearsal = Rehearsal(folder)
+    getattr(rehearsal, stage)()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    print(json.dumps(rehearsal.told | {"peak": peak}))
+
+
+if __name__ == "__main__":
+    main()
