@@ -4,48 +4,20 @@ Arguments: the pack's folder, a base directory. The current directory is ComfyUI
 """
 
 import gc
-import importlib.util
 import os
 import shutil
-import sys
 import weakref
-from pathlib import Path
 
-pack, base = map(Path, sys.argv[1:3])
-sys.argv = ["main.py", "--cpu", "--base-directory", str(base)]
-sys.path.insert(0, str(Path.cwd()))
-
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-
-import mlx.core as mx  # noqa: E402
-import torch  # noqa: E402
-from comfy import model_management  # noqa: E402
-
-spec = importlib.util.spec_from_file_location("the_pack", pack / "__init__.py", submodule_search_locations=[str(pack)])
-sys.modules["the_pack"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["the_pack"])
-
-from the_pack.llada2_mlx import tasks  # noqa: E402
-from the_pack.llada2_mlx.checkpoint import BUILT_IN, Part  # noqa: E402
-from the_pack.nodes import host  # noqa: E402
-
-NOTHING = lambda progress: None  # noqa: E731
-CPU = torch.device("cpu")
+import mlx.core as mx
+import torch
+from memory_base import CPU, base, host, ignore, loaded, model_management
+from the_pack.llada2_mlx import tasks
+from the_pack.llada2_mlx.checkpoint import BUILT_IN, Part
 
 
 def free(amount: float) -> None:
     model_management.free_memory(amount, CPU)
     gc.collect()
-
-
-def loaded() -> set[str]:
-    return {
-        model.name
-        for model in model_management.loaded_models()
-        if isinstance(model, host.ManagedPart) and model.loaded_size()
-    }
 
 
 # one part, however often and under whatever name it is asked for; weights only when the network runs
@@ -56,7 +28,7 @@ assert host.backbone(host.BUILT_IN, "bf16") is not backbone
 before = mx.get_active_memory()
 tasks.grid_size(backbone, 256, 256)
 assert backbone.loaded_size() == 0 and not loaded()
-drawing = tasks.text_to_vq(backbone, "a cat", on_step=NOTHING)
+drawing = tasks.text_to_vq(backbone, "a cat", on_step=ignore)
 assert backbone.loaded_size() == backbone.size and backbone.current_loaded_device() == backbone.load_device
 assert mx.get_active_memory() - before >= 0.9 * backbone.size
 assert loaded() == {"backbone of shapes"}
@@ -65,14 +37,14 @@ assert mx.get_cache_memory() == 0  # a run leaves its weights behind, and nothin
 # running again loads nothing again
 value = backbone.value
 network = weakref.ref(value._model)
-tasks.text_to_vq(backbone, "a dog", on_step=NOTHING)
+tasks.text_to_vq(backbone, "a dog", on_step=ignore)
 assert network() is backbone.value._model
 
 # another part does not push it out while there is room
 decoder = host.image_part(host.BUILT_IN, Part.DECODER_TURBO)
 assert host.image_part(host.BUILT_IN, Part.DECODER_TURBO) is decoder
-transformer = weakref.ref(decoder.get(NOTHING))
-assert decoder.get(NOTHING) is transformer()
+transformer = weakref.ref(decoder.get(ignore))
+assert decoder.get(ignore) is transformer()
 assert loaded() == {"backbone of shapes", "turbo decoder of shapes"}
 
 # no memory is needed, so nothing goes
@@ -86,7 +58,7 @@ assert not loaded() and network() is None and transformer() is None
 assert mx.get_active_memory() - before < 0.1 * backbone.size
 
 # the handle that a socket holds works again, and gives the same
-assert tasks.text_to_vq(backbone, "a cat", on_step=NOTHING).grid == drawing.grid
+assert tasks.text_to_vq(backbone, "a cat", on_step=ignore).grid == drawing.grid
 assert loaded() == {"backbone of shapes"}
 model_management.unload_all_models()
 gc.collect()
@@ -96,7 +68,7 @@ assert not loaded()
 folder = base / "models" / "llada2" / "replaced"
 shutil.copytree(BUILT_IN, folder)
 old = host.backbone("replaced", "float32")
-tasks.text_to_vq(old, "a cat", on_step=NOTHING)
+tasks.text_to_vq(old, "a cat", on_step=ignore)
 (folder / ".DS_Store").write_text("what a file manager leaves changes nothing")
 shutil.rmtree(folder / "decoder-turbo")  # nor does another part
 assert host.backbone("replaced", "float32") is old and old.value is not None
@@ -109,14 +81,14 @@ weights = (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()
 (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights[:5000])
 vae = host.image_part("replaced", Part.VAE)
 try:
-    vae.get(NOTHING)
+    vae.get(ignore)
 except ValueError as error:
     assert "truncated" in str(error)
 else:
     raise AssertionError("a damaged file was loaded")
 assert vae.value is None and not loaded()
 (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights)
-assert host.image_part("replaced", Part.VAE).get(NOTHING)
+assert host.image_part("replaced", Part.VAE).get(ignore)
 
 
 # a cancelled load, too
@@ -129,7 +101,7 @@ try:
 except model_management.InterruptProcessingException:
     pass
 assert backbone.value is None
-assert tasks.text_to_vq(backbone, "a cat", on_step=NOTHING).grid == drawing.grid
+assert tasks.text_to_vq(backbone, "a cat", on_step=ignore).grid == drawing.grid
 
 # where memory is short, the part that is needed pushes out the others, and they come back when they are needed. With
 # --cpu ComfyUI evicts nothing by itself, so the device is given another name and its free memory is counted here.
@@ -148,15 +120,15 @@ def free_memory_left(device=None, torch_free_too=False):
 
 model_management.get_free_memory = free_memory_left
 for part in (*parts, parts[0]):
-    tensor = weakref.ref(part.get(NOTHING))
+    tensor = weakref.ref(part.get(ignore))
     assert [other for other in parts if other.loaded_size()] == [part]
     evicted = [other for other in parts if other is not part]
     assert tensor() is part.value and all(other.value is None for other in evicted)
 capacity += 3e6  # room for all, unless somebody says that he needs some to work in
 for part in parts:
-    part.get(NOTHING)
+    part.get(ignore)
 assert all(part.loaded_size() for part in parts)
 tensor = weakref.ref(parts[0].value)
-parts[2].get(NOTHING, working_bytes=int(capacity))
+parts[2].get(ignore, working_bytes=int(capacity))
 assert parts[2].loaded_size() and not parts[0].loaded_size() and tensor() is None
 print("all is well")

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from published import BACKBONE
 
 from llada2_mlx.checkpoint import INDEX
+from llada2_mlx.config import BackboneConfig
 from llada2_mlx.model import LLaDA2
 from llada2_mlx.shapes.training import export
 from llada2_mlx.weights import published_names
@@ -67,11 +68,11 @@ class Values:
         return whole.mul(prod(shape[1:]) ** -0.5).view(shape)
 
 
-def write_backbone(folder: Path) -> None:
-    """32.6 GB in shards, with their index, config and text tokenizer."""
+def write_backbone(folder: Path, config: BackboneConfig = BACKBONE) -> None:
+    """A backbone in shards, 32.6 GB as published, with their index, config and text tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     shapes: dict[str, tuple[int, ...]] = {}
-    for parameter, value in tree_flatten(LLaDA2(BACKBONE).parameters()):
+    for parameter, value in tree_flatten(LLaDA2(config).parameters()):
         shape = value.shape[1:] if ".switch_mlp." in parameter else value.shape
         shapes |= dict.fromkeys(published_names(parameter, value.shape), tuple(shape))
     values, weight_map = Values.make(), {}
@@ -80,7 +81,7 @@ def write_backbone(folder: Path) -> None:
         write(folder / file, {name: shapes[name] for name in names}, values.of)
         weight_map |= dict.fromkeys(names, file)
     export.write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
-    export.write_text(folder, BACKBONE, {})
+    export.write_text(folder, config, {})
 
 
 def write_image_parts(folder: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+BLOCK = 32
 PROMPT = (
     "A red fox in deep snow under tall pines at dawn, breath in the cold air, soft light from the left, a photograph"
 )
@@ -66,28 +67,26 @@ class Rehearsal:
     def draw(self) -> None:
         """one block of text to image at 1024 x 1024 with guidance, 8 steps"""
         from llada2_mlx import prompts
-        from llada2_mlx.diffusion import Sampling, Vocabulary
+        from llada2_mlx.diffusion import Vocabulary
         from llada2_mlx.guidance import Guidance
 
         backbone = self._backbone()
         tokens = backbone.tokens
-        request = prompts.text_to_image(tokens, PROMPT, 32, 32).branches
-        self._block(
-            backbone, request, Vocabulary(tokens.mask, tokens.image_offset), Sampling(steps=8), Guidance.simple(2.0)
-        )
+        make = lambda text: prompts.text_to_image(tokens, text, 32, 32).branches
+        self._block(backbone, make, PROMPT, Vocabulary(tokens.mask, tokens.image_offset), Guidance.simple(2.0))
 
     def understand(self) -> None:
         """one block of understanding on 2,500 codes, 8 steps"""
         from llada2_mlx import prompts
-        from llada2_mlx.diffusion import Sampling, Vocabulary
+        from llada2_mlx.diffusion import Vocabulary
         from llada2_mlx.guidance import Guidance
         from llada2_mlx.vq import VQGrid
 
         backbone = self._backbone()
         tokens = backbone.tokens
         grid = VQGrid.from_list([37 * i % 16384 for i in range(2500)], 50, 50, 16384)
-        request = prompts.understand(tokens, grid, "Describe this image in detail.").branches
-        self._block(backbone, request, Vocabulary(tokens.mask, 0, tokens.end), Sampling(steps=8), Guidance())
+        make = lambda text: prompts.understand(tokens, grid, text).branches
+        self._block(backbone, make, PROMPT, Vocabulary(tokens.mask, 0, tokens.end), Guidance())
 
     def parts(self) -> None:
         """write the image tokenizer, a decoder and the VAE, 15.3 GB"""
@@ -144,16 +143,20 @@ class Rehearsal:
         with self.timed("seconds to read"):
             return load_part(Checkpoint(self.small), part)
 
-    def _block(self, backbone, branches, vocabulary, sampling, guidance) -> None:
-        """The first block that holds something to denoise."""
-        from llada2_mlx.diffusion import generate
+    def _block(self, backbone, make, text, vocabulary, guidance) -> None:
+        """The first block after a prompt, in 8 steps; the text is cut so that the prompt fills its own blocks."""
+        from llada2_mlx.diffusion import Sampling, generate
 
+        while len(make(text)[0]) % BLOCK:
+            text = text[:-1]  # the tokenizer written here knows bytes alone
         backbone.load()
-        length = sampling.block_length - len(branches[0]) % sampling.block_length
         with self.timed("seconds"):
-            result = backbone.run(generate, branches, length, vocabulary, sampling, guidance)
-        self.told |= {"prompt": len(branches[0]), "steps": result.report.steps, "positions": result.report.positions}
-        assert result.report.blocks == 1
+            result = backbone.run(
+                generate, make(text), BLOCK, vocabulary, Sampling(steps=8, threshold=1.0, block_length=BLOCK), guidance
+            )
+        report = result.report
+        self.told |= {"prompt": len(make(text)[0]), "steps": report.steps, "positions": report.positions}
+        assert (report.blocks, report.steps) == (1, 8)
 
 
 STAGES = [name for name, value in vars(Rehearsal).items() if name[0] != "_" and name != "timed" and callable(value)]
