@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from benchmarks import model, profile, upstream
+from benchmarks import breakdown, model, upstream
 from benchmarks.__main__ import SECTIONS, main
 from benchmarks.measure import Case, compare, ours, picture, question
 
@@ -46,7 +46,7 @@ def test_mlx_vlm_gives_the_same_tokens(random_model: Backbone, kind: str) -> Non
 
 
 def test_parts_are_those_of_a_generation(random_model: Backbone) -> None:
-    seconds = profile.parts(random_model, question(random_model, codes=60))
+    seconds = breakdown.parts(random_model, question(random_model, codes=60))
     assert {"attention", "routed experts", "output head", "the rest"} <= set(seconds)
     assert min(seconds.values()) > 0
 

@@ -18,7 +18,7 @@ from llada2_mlx.config import PRECISIONS
 from llada2_mlx.diffusion import Method
 from llada2_mlx.errors import RequestError
 
-from . import model, profile, upstream
+from . import breakdown, model, upstream
 from .measure import STEPS, Case, Job, Request, Section, compare, ours, picture, question
 
 _WAYS = {"exact cache": Method.CACHED, "recomputing": Method.RECOMPUTE, "plain way": Method.PLAIN}
@@ -68,7 +68,7 @@ def mlx_vlm_text(backbone: Backbone, repeats: int) -> Section:
 
 def parts(backbone: Backbone, repeats: int) -> Section:
     request = picture(backbone, 512)
-    seconds = profile.parts(backbone, request)
+    seconds = breakdown.parts(backbone, request)
     whole = sum(seconds.values())
     notes = [f"{label:24} {value:9.2f} s {value / whole:6.1%}" for label, value in seconds.items()]
     return Section("Where the time goes, text to image, 512 x 512", notes=notes, details={"seconds": seconds})
@@ -81,7 +81,7 @@ SECTIONS: dict[str, Callable[[Backbone, int], Section]] = {
     "precisions": precisions,
     "mlx-vlm-codes": mlx_vlm_codes,
     "mlx-vlm-text": mlx_vlm_text,
-    "profile": parts,
+    "breakdown": parts,
 }
 
 

@@ -1,7 +1,7 @@
 """What few bits cost: hidden states and tokens against the model as it is stored, on golden and on Shapes.
 
-``python tests/benchmarks/accuracy.py`` prints a table. What it costs in pictures is what
-``python -m llada2_mlx.shapes.measures --precision 4bit`` tells.
+``python tests/benchmarks/accuracy.py`` prints a table; with ``--pictures`` one of what it costs in pictures, answers and
+edits, the rows of ``python -m llada2_mlx.shapes.measures`` that use the backbone.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import argparse
 import tempfile
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from llada2_mlx import prompts, tasks
 from llada2_mlx.backbone import Backbone
@@ -20,6 +22,8 @@ from llada2_mlx.checkpoint import BUILT_IN, Checkpoint
 from llada2_mlx.convert import convert
 from llada2_mlx.progress import Progress
 from llada2_mlx.shapes import measures
+from llada2_mlx.shapes.studio import Studio
+from llada2_mlx.vq import VQGrid
 from llada2_mlx.worker import MLXWorker
 
 GOLDEN = Path(__file__).parent.parent / "golden/checkpoint"
@@ -30,12 +34,49 @@ def hidden_states(network, ids):
     return np.array(network(mx.array([ids])).astype(mx.float32))[0]
 
 
+class Sharing(Studio):
+    """A studio that decodes nothing that another one has decoded: one decoder for all precisions of a backbone."""
+
+    pictures: ClassVar[dict[tuple[int, ...], Image.Image]] = {}
+
+    def decode(self, grid: VQGrid, turbo: bool = True) -> Image.Image:
+        assert turbo
+        codes = tuple(grid.to_list())
+        if codes not in self.pictures:
+            self.pictures[codes] = super().decode(grid)
+        return self.pictures[codes]
+
+
+def pictures(scale: float, precisions: list[str]) -> None:
+    """Print what each precision gets right of the same prompts, questions and edits."""
+    count = lambda full: max(1, round(full * scale))
+    print("| precision | text to image | question | question about its own picture | edit |\n|---|---|---|---|---|")
+    for precision in precisions:
+        studio = Sharing(Checkpoint(BUILT_IN), precision)
+        print(f"| {precision} ", end="")
+        for measure, full in (
+            (measures.text_to_image, 200),
+            (measures.answers, 300),
+            (measures.own_answers, 50),
+            (measures.edited, 100),
+        ):
+            score = measure(studio, count(full))
+            print(f"| {100 * score.share:.1f} % of {count(full)} ", end="", flush=True)
+        print("|")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--pictures", type=float, metavar="SHARE", help="the other table, on this share of the pictures"
+    )
+    parser.add_argument("--precisions", nargs="*", default=["float32", "8bit", "6bit", "4bit"], help="of that table")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--groups", type=int, nargs="*", default=[64], help="group sizes to try")
     arguments = parser.parse_args()
+    if arguments.pictures:
+        return pictures(arguments.pictures, arguments.precisions)
     wanted = [prompt for _, prompt in islice(measures.prompts(arguments.prompts), arguments.prompts)]
     print(
         "| model | bits of the experts | group | GB | error of hidden states | equal codes |\n|---|---|---|---|---|---|"

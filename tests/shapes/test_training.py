@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -224,9 +224,8 @@ def place(cell: int, side: int) -> Place:
     return list(Place)[2 * row // side * 2 + 2 * column // side]
 
 
-def test_branches_begin_where_generation_lets_them_begin(curriculum, monkeypatch) -> None:
+def test_branches_begin_where_generation_lets_them_begin(curriculum) -> None:
     """A branch without its text ends where the conditional one does, so that their blocks are the same."""
-    monkeypatch.setattr(backbone, "SCRAMBLED", 0.0)  # it changes codes, and no layout
     tokens, rng = curriculum.tokens, random.Random(0)
     example, without = curriculum.examples[0], 0
     for _ in range(200):
@@ -253,20 +252,45 @@ def test_branches_begin_where_generation_lets_them_begin(curriculum, monkeypatch
     assert all(sequence.ids[: len(unconditional)] == unconditional for sequence in begun)
 
 
-def test_what_an_edit_leaves_alone_may_be_anything(curriculum) -> None:
-    example = curriculum.examples[0]  # a shape gets another colour
-    (at,) = [place for place in Place if example.scene.at(place) != example.result.at(place)]
-    scrambled = backbone._scrambled(example, random.Random(0))
-    assert scrambled.scene.shapes == (example.scene.at(at),) and scrambled.result.shapes == (example.result.at(at),)
-    same = 0
-    for row, column in product(range(8), range(8)):
-        codes = [codes[row][column] for codes in (scrambled.small, scrambled.changed)]
-        if place(row * backbone.SIDES + column, 8) is at:
-            assert codes == [example.small[row][column], example.changed[row][column]]
-        else:
-            assert codes[0] == codes[1]
-            same += codes[0] == example.small[row][column]
-    assert same < 5
+@pytest.mark.parametrize("change", Change)
+def test_what_an_edit_only_copies_may_be_anything(curriculum, change: Change) -> None:
+    rng = random.Random(0)
+    made = ((scene, edit(scene, change, rng)) for scene in scenes("any", test=False) if len(scene.shapes) > 1)
+    scene, made = next((scene, made) for scene, made in made if made)
+    codes = lambda: [[rng.randrange(tokenizer.CODES) for _ in range(8)] for _ in range(8)]
+    example = backbone.Example(scene, codes(), codes(), made.instruction, made.result, codes())
+    scrambled = backbone._scrambled(example, rng)
+    flat = lambda grid: [code for row in grid for code in row]
+    before, after, old, new = map(flat, (scrambled.small, scrambled.changed, example.small, example.changed))
+    # a code that may be anything is the same before and after, and all others are as they were
+    assert [before[i] == old[i] or i in scrambled.any_before for i in range(64)] == [True] * 64
+    assert [after[i] == new[i] or i in scrambled.any_after for i in range(64)] == [True] * 64
+    moves = backbone._moves(example, 8)
+    assert [before[moves.get(i, i)] for i in scrambled.any_after] == [after[i] for i in scrambled.any_after]
+    assert bool(scrambled.any_after) == (change is not Change.BACKGROUND)
+    at = [place(index // 8 * backbone.SIDES + index % 8, 8) for index in range(64)]
+    stays = {shape.place for shape in scene.shapes} & {
+        shape.place for shape in made.result.shapes if shape in scene.shapes
+    }
+    assert {at[index] for index in scrambled.any_after} - stays <= {at[index] for index in moves}
+    assert bool(moves) == (change is Change.MOVE)
+
+
+def test_a_code_that_moves_is_told_where_it_was(curriculum) -> None:
+    shape = Shape(Kind.CIRCLE, Colour.RED, Place.TOP_LEFT, Size.LARGE)
+    scene = Scene((shape,), Background(Pattern.PLAIN, Tone.WHITE))
+    result = Scene((replace(shape, place=Place.BOTTOM_RIGHT),), scene.background)
+    codes = [[8 * row + column for column in range(8)] for row in range(8)]
+    after = [[512 + code for code in row] for row in codes]
+    example = backbone.Example(scene, codes, codes, "Move the circle to the bottom right.", result, after)
+    told = 0
+    for sequence in curriculum._edit(example, random.Random(0))[:2]:
+        for token, moved in enumerate(sequence.moved):
+            if moved >= 0:
+                row, column = divmod(sequence.cells[token], backbone.SIDES)
+                assert sequence.ids[moved] == backbone.TEXT_IDS + codes[row - 4][column - 4] and sequence.noisy[token]
+                told += 1
+    assert told == 2 * 16
 
 
 def test_no_question_teaches_that_a_held_out_shape_is_never_there() -> None:
