@@ -1,6 +1,6 @@
 """Everything once at full size, with synthetic weights: how long it takes, and how much memory.
 
-``python tests/rehearsal/run.py FOLDER`` needs 45 GB of disk and 20 GB of memory. Stopped, it goes on where it was; a
+``python tests/rehearsal/run.py FOLDER`` needs 45 GB of disk and 15 GB of memory. Stopped, it goes on where it was; a
 stage that is named with ``--stages`` runs again. Each stage is a process of its own, so that its peak is its own.
 """
 

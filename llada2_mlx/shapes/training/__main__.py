@@ -82,17 +82,15 @@ class Training:
         self._write_decoder("decoder-turbo", turbo.student)
 
     def backbone(self) -> None:
-        """The backbone: first mostly drawing, then mostly editing."""
-        curriculum = backbone.Curriculum(Tokens(Checkpoint(self.out)), self._examples)
+        """The backbone: first mostly drawing, then mostly editing, and last what an edit only copies."""
+        tokens = Tokens(Checkpoint(self.out))
         torch.manual_seed(SEED)
         learner = backbone.Learner()
         learner.begin_with(self._tokenizer.book(backbone.CONFIG.hidden_size))
-        for name, turns, schedule in (
-            ("backbone-first", backbone.FIRST_TURNS, backbone.FIRST),
-            ("backbone-second", backbone.SECOND_TURNS, backbone.SECOND),
-        ):
+        for name, stage in backbone.STAGES.items():
+            curriculum = backbone.Curriculum(tokens, self._examples, stage.scrambled)
             learner.requires_grad_(True)
-            learner = self._train(name, learner, backbone.losses(learner, curriculum, turns), schedule)
+            learner = self._train(name, learner, backbone.losses(learner, curriculum, stage.turns), stage.schedule)
         export.write_backbone(self.out, learner.network.state_dict())
 
     def _train(self, name: str, module: torch.nn.Module, losses, schedule) -> torch.nn.Module:

@@ -10,7 +10,8 @@ head of a code that is being edited is told to look at the same place of the sou
 drawn, at the word for its place, of an answer, at the codes that it is about, of an instruction, at what is to be changed,
 which it then has to know. In the fourth, a code that is to be changed is told to look at the instruction, and after it
 a masked code has to know which shape it will be part of. Where nothing changes, heads of the fourth and of the last
-layer look at the source too: one head is too narrow to carry a code over.
+layer look at the source too, and those of the last, where something moved to, at where it was: one head is too narrow
+to carry a code over.
 
 An edit is learned with its instruction and without it on the same masks, and so is what guidance makes of the two.
 """
@@ -18,7 +19,7 @@ An edit is learned with its instruction and without it on the same masks, and so
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import repeat
@@ -63,14 +64,6 @@ CONFIG = BackboneConfig(
 )
 BLOCK = 32
 BATCHES = {"draw": 20, "edit": 7, "ask": 8, "ask small": 16}  # pictures, each with QUESTIONS where it is asked about
-FIRST = Schedule(steps=5000, rate=2e-3, warmup=150, average=0.998)
-FIRST_TURNS = {  # first step -> tasks in turn; drawing is learned first
-    0: ("draw", "edit", "draw", "ask", "draw", "edit", "ask small", "draw", "edit", "ask"),
-    2500: ("edit", "ask", "draw", "edit", "edit", "ask", "ask small", "edit", "draw", "ask"),
-    3600: ("edit", "ask", "edit", "edit", "draw", "edit", "ask", "edit", "edit", "edit"),
-}
-SECOND = Schedule(steps=3600, rate=1.2e-3, warmup=150, average=0.998)
-SECOND_TURNS = {0: ("edit", "ask", "edit", "draw", "edit", "ask", "edit", "edit", "ask small", "edit")}
 QUESTIONS = 5
 SIDES = 16  # rows and columns of the largest grid
 PLACED_LAYER, LOOKING_LAYER, CHANGING_LAYER = 1, 2, 3
@@ -81,9 +74,38 @@ GUIDANCE = Guidance.editing(text_scale=4.0, image_scale=0.0)  # as the task does
 PARTS = {place: 1 << number for number, place in enumerate(Place)}  # what a token tells of, as bits
 INSTRUCTION = 1 << len(Place)
 PADDING_LEARNED = 0.1  # share of the ends after the first that are to be learned
-SCRAMBLED = 0.3  # share of edits in which any codes stand where nothing changes
 COLOURS, KINDS = 1 + len(Colour), 1 + len(Kind)  # with none
 DROPPED = 0.1  # share of prompts, and of the source pictures of edits, left out for guidance
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: how long, which tasks in turn from which step on, and how many edits are scrambled."""
+
+    schedule: Schedule
+    turns: dict[int, tuple[str, ...]]
+    scrambled: float = 0.0
+
+
+STAGES = {
+    "backbone-first": Stage(
+        Schedule(steps=5000, rate=2e-3, warmup=150, average=0.998),
+        {  # drawing is learned first
+            0: ("draw", "edit", "draw", "ask", "draw", "edit", "ask small", "draw", "edit", "ask"),
+            2500: ("edit", "ask", "draw", "edit", "edit", "ask", "ask small", "edit", "draw", "ask"),
+            3600: ("edit", "ask", "edit", "edit", "draw", "edit", "ask", "edit", "edit", "edit"),
+        },
+    ),
+    "backbone-second": Stage(
+        Schedule(steps=3600, rate=1.2e-3, warmup=150, average=0.998),
+        {0: ("edit", "ask", "edit", "draw", "edit", "ask", "edit", "edit", "ask small", "edit")},
+    ),
+    "backbone-third": Stage(
+        Schedule(steps=1600, rate=1e-3, warmup=60, average=0.996),
+        {0: ("edit", "ask", "edit", "edit", "draw", "edit", "edit", "ask", "edit", "edit")},
+        scrambled=0.5,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,8 @@ class Example:
     instruction: str
     result: Scene
     changed: list[list[int]]
+    any_before: frozenset[int] = frozenset()  # which of ``small`` and of ``changed`` may be any codes, by their index
+    any_after: frozenset[int] = frozenset()
 
 
 class Packed:
@@ -117,6 +141,7 @@ class Packed:
         self.noisy: list[int] = []
         self.cells: list[int] = []  # row * SIDES + column of a code, -1 of other tokens
         self.sources: list[int] = []  # the index in this sequence of the code that stands at the same place of a source
+        self.moved: list[int] = []  # the same, of the code that an edit moves to here
         self.names: list[int] = []  # colour and kind of the shape that a token has to know, -1 of other tokens
         self.parts: list[int] = []  # PARTS and INSTRUCTION that a token tells of
         self.asks: list[int] = []  # those that it is told to look at
@@ -124,6 +149,7 @@ class Packed:
         self.named: dict[int, int] = {}  # position -> name, part and ask of the tokens that are added from now on
         self.telling: dict[int, int] = {}
         self.asking: dict[int, int] = {}
+        self.moving: dict[int, int] = {}  # position -> position of the code that moves to there
 
     def picture(self, start: int, columns: int, rows: int) -> None:
         """Say that a picture begins at a position."""
@@ -182,6 +208,7 @@ class Packed:
                     source = self._pictures[0][0] - self.begin + index if number and noisy else -1
             self.cells.append(cell)
             self.sources.append(source)
+            self.moved.append(self.moving[position] - self.begin if noisy and position in self.moving else -1)
             self.parts.append(self.telling.get(position, 0))
             self.asks.append(self.asking.get(position, 0))
             told = target >= 0 or self.parts[-1]
@@ -194,10 +221,11 @@ class Curriculum:
     Args:
         tokens: of the checkpoint whose prompts are to be learned.
         examples: none of them held out.
+        scrambled: share of edits in which any codes stand where they are only to be copied.
     """
 
-    def __init__(self, tokens: Tokens, examples: Sequence[Example]) -> None:
-        self.tokens, self.examples = tokens, examples
+    def __init__(self, tokens: Tokens, examples: Sequence[Example], scrambled: float = 0.0) -> None:
+        self.tokens, self.examples, self.scrambled = tokens, examples, scrambled
 
     def batch(self, task: str, rng: random.Random) -> dict[str, torch.Tensor]:
         """``ids``, ``targets``, ``positions`` [batch, length], ``mask`` [batch, length, length], ``branches`` [batch]."""
@@ -212,6 +240,7 @@ class Curriculum:
             "noisy": 0,
             "cells": -1,
             "sources": -1,
+            "moved": -1,
             "names": -1,
             "parts": 0,
             "asks": 0,
@@ -245,7 +274,7 @@ class Curriculum:
         return [self._picture(sequence, prompt, example.scene, example.small, asks, rng)]
 
     def _edit(self, example: Example, rng: random.Random) -> list[Packed]:
-        if rng.random() < SCRAMBLED:
+        if rng.random() < self.scrambled:
             example = _scrambled(example, rng)
         branches = prompts.edit(self.tokens, _grid(example.small), example.instruction).branches
         masks = rng.random()  # the same in all branches
@@ -261,7 +290,10 @@ class Curriculum:
         if number != 2:
             source = branch.index(self.tokens.boi) + 1
             sequence.picture(source, len(example.small[0]), len(example.small))
-            self._tell(sequence, source, scene, len(example.small))
+            self._tell(sequence, source, scene, len(example.small), example.any_before)
+            sequence.moving = {
+                len(branch) + index: source + before for index, before in _moves(example, len(example.small)).items()
+            }
         if number != 1:
             instruction = self.tokens.encode(example.instruction)
             last = _find(branch, instruction) + len(instruction) - 1
@@ -271,7 +303,7 @@ class Curriculum:
             if changed:
                 sequence.named[last] = _name(made[0] if made else None)
             asks = {place: INSTRUCTION for place in changed or Place}
-        return self._picture(sequence, branch, result, example.changed, asks, rng)
+        return self._picture(sequence, branch, result, example.changed, asks, rng, example.any_after)
 
     def _picture(
         self,
@@ -281,6 +313,7 @@ class Curriculum:
         codes: list[list[int]],
         asks: dict[Place, int],
         rng: random.Random,
+        untold: frozenset[int] = frozenset(),
     ) -> Packed:
         response = self.tokens.codes_to_ids([code for row in codes for code in row])
         while (
@@ -289,7 +322,7 @@ class Curriculum:
             response.append(response[-len(codes[0])])
         ids, first, side = [*prompt, *response], len(prompt), len(codes)
         sequence.picture(first, side, side)
-        sequence.named |= dict(enumerate(_names(scene, side), first))
+        sequence.named |= {first + i: name for i, name in enumerate(_names(scene, side)) if i not in untold}
         sequence.asking |= {first + index: asks.get(place, 0) for index, place in enumerate(_places(side))}
         sequence.clean(ids[:-BLOCK], 0, 0)
         sequence.masked(prompt, response, 1, self.tokens.mask, rng, clean_to=len(ids))
@@ -339,11 +372,11 @@ class Curriculum:
         return {shape: len(self.tokens.encode(text[:end])) for shape, end in sorted(ends.items(), key=lambda x: x[1])}
 
     @staticmethod
-    def _tell(sequence: Packed, first: int, scene: Scene, side: int) -> None:
+    def _tell(sequence: Packed, first: int, scene: Scene, side: int, untold: frozenset[int] = frozenset()) -> None:
         """Say that the codes of a given picture tell of its shapes."""
-        for index, (name, place) in enumerate(zip(_names(scene, side), _places(side), strict=True), first):
-            if name:
-                sequence.telling[index], sequence.named[index] = PARTS[place], name
+        for index, (name, place) in enumerate(zip(_names(scene, side), _places(side), strict=True)):
+            if name and index not in untold:
+                sequence.telling[first + index], sequence.named[first + index] = PARTS[place], name
 
 
 class Learner(nn.Module):
@@ -388,9 +421,11 @@ class Learner(nn.Module):
         part, wanted = batch["parts"][:, None, :], batch["asks"][:, :, None]
         at_source = batch["sources"][:, :, None] == torch.arange(part.shape[-1])
         kept = at_source & (wanted < INSTRUCTION)
+        moved = batch["moved"][:, :, None] == torch.arange(part.shape[-1])
         for name, layer, head, right in (
             ("source", LOOKING_LAYER, SOURCE_HEAD, at_source),
             *((f"source {layer} {head}", layer, head, kept) for layer, head in COPYING),
+            *((f"moved {layer} {head}", layer, head, moved) for layer, head in COPYING if layer > CHANGING_LAYER),
             ("part", LOOKING_LAYER, PART_HEAD, (part & wanted & (INSTRUCTION - 1)) > 0),
             ("instruction", CHANGING_LAYER, PART_HEAD, (part & wanted & INSTRUCTION) > 0),
         ):
@@ -419,7 +454,7 @@ class Learner(nn.Module):
         return F.cross_entropy(guided, wanted[wanted >= 0])
 
 
-def losses(learner: Learner, curriculum: Curriculum, turns: dict[int, tuple[str, ...]]):
+def losses(learner: Learner, curriculum: Curriculum, turns: Mapping[int, tuple[str, ...]]):
     """The losses of a step for ``loop.train``; the tasks take turns."""
 
     def of(step: int, rng: random.Random) -> dict[str, torch.Tensor]:
@@ -462,22 +497,47 @@ def _places(side: int) -> list[Place]:
     return [list(Place)[2 * row // side * 2 + 2 * column // side] for row in range(side) for column in range(side)]
 
 
+def _moved(example: Example) -> tuple[Place, Place] | None:
+    """From where to where an edit moves a shape, if it does."""
+    places = [
+        (before.place, after.place)
+        for before in example.scene.shapes
+        for after in example.result.shapes
+        if replace(before, place=after.place) == after
+    ]
+    moved = [(start, end) for start, end in places if not example.result.at(start) and not example.scene.at(end)]
+    return moved[0] if moved else None
+
+
+def _moves(example: Example, side: int) -> dict[int, int]:
+    """Which code of the source moves to where: index in the result -> index in the source."""
+    if not (moved := _moved(example)):
+        return {}
+    start, end = ([index for index, at in enumerate(_places(side)) if at is place] for place in moved)
+    return dict(zip(end, start, strict=True))
+
+
 def _scrambled(example: Example, rng: random.Random) -> Example:
-    """The edit with other codes where nothing changes, any and the same before and after: they are to be copied,
-    whatever they are."""
-    scene, result = example.scene, example.result
-    changed = {place for place in Place if scene.at(place) != result.at(place)}
-    if not changed:  # the background, and so all of it
+    """The edit with any codes for parts of the shapes that stay as they are or that move: they are to be copied,
+    whatever they are. What is left of a shape that moves still tells which it is."""
+    side = len(example.small)
+    kept = {shape.place for shape in example.scene.shapes if shape in example.result.shapes}
+    if example.scene.background != example.result.background:
         return example
-    before, after = ([list(row) for row in codes] for codes in (example.small, example.changed))
-    side = len(before)
-    for index, place in enumerate(_places(side)):
-        if place not in changed:
-            row, column = divmod(index, side)
-            before[row][column] = after[row][column] = rng.randrange(CODES)
-    kept = (replace(part, shapes=tuple(s for s in part.shapes if s.place in changed)) for part in (scene, result))
-    scene, result = kept
-    return replace(example, scene=scene, result=result, small=before, changed=after)
+    shares = {place: rng.uniform(0.3, 1.0) for place in Place}
+    copied = {
+        index: index for index, place in enumerate(_places(side)) if place in kept and rng.random() < shares[place]
+    }
+    copied |= {index: source for index, source in _moves(example, side).items() if rng.random() < 0.5}
+    before, after = ([code for row in codes for code in row] for codes in (example.small, example.changed))
+    for index, source in copied.items():
+        before[source] = after[index] = rng.randrange(CODES)
+    before, after = (
+        [codes[start : start + side] for start in range(0, side * side, side)] for codes in (before, after)
+    )
+    return replace(
+        example, small=before, changed=after, any_before=frozenset(copied.values()), any_after=frozenset(copied)
+    )
 
 
 def _aligned(branch: list[int], length: int) -> tuple[int, list[int]]:
