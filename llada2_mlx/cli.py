@@ -149,14 +149,17 @@ def demo(a: argparse.Namespace) -> None:
 
 def convert(a: argparse.Namespace) -> None:
     """Write a smaller copy of a model: its language model with few bits, the rest linked."""
-    from .convert import convert, link_parts
+    from .convert import add_parts, convert, is_current
     from .worker import MLXWorker
 
-    source = _resolve(a, Part.BACKBONE)
+    source, copy, worker = _resolve(a, Part.BACKBONE), Checkpoint(Path(a.destination).absolute()), MLXWorker()
     with _Bars() as on_step:
-        copy = MLXWorker().drive(convert(source, Path(a.destination).absolute(), a.bits, a.group_size), on_step)
-    link_parts(source, copy.root)
+        if not is_current(copy.root, source, a.bits, a.group_size):
+            worker.drive(convert(source, copy.root, a.bits, a.group_size), on_step)
+        worker.drive(add_parts(source, copy.root), on_step)
     print(f"{a.destination}: {sum(path.stat().st_size for path in copy.files(Part.BACKBONE)) / 1e9:.2f} GB")
+    if absent := [part.value for part in Part if copy.missing(part)]:
+        print(f"It has no {', '.join(absent)}, because {a.model} has none here. Get that, and call this again.")
 
 
 class _Bars:

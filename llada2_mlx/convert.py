@@ -18,9 +18,10 @@ from filelock import FileLock, Timeout
 from mlx.utils import tree_flatten
 
 from .checkpoint import INDEX, Checkpoint, Part, safetensors_header
+from .config import BackboneConfig
 from .errors import CheckpointError, LLaDA2Error, RequestError
 from .files import replacing
-from .precision import GROUP_SIZE, Quantization, build, memory_bytes, of, scheme
+from .precision import GROUP_SIZE, Quantization, build, of, scheme
 from .progress import Progress
 from .weights import Reader, check_backbone
 
@@ -31,15 +32,20 @@ WHOLE = 16  # bits that stand for bf16
 def own_copy(checkpoint: Checkpoint, bits: int) -> Path:
     """Where the copy lies that is made by itself: inside the model's folder, or in the user's cache if that is read-only."""
     inside = checkpoint.root / f"mlx-{bits}bit"
-    if inside.is_dir() or os.access(checkpoint.root, os.W_OK):
+    if os.access(checkpoint.root, os.W_OK) or is_current(inside, checkpoint, bits):
         return inside
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "llada2-mlx" / "-".join(checkpoint.root.resolve().parts[1:]) / inside.name
 
 
 def is_current(copy: Path, checkpoint: Checkpoint, bits: int, group_size: int = GROUP_SIZE) -> bool:
-    """Whether ``copy`` is whole and was made of what ``checkpoint`` holds now."""
-    return _state(copy) == _wanted(checkpoint, bits, group_size)
+    """Whether ``copy`` is whole, and is what would be made of what ``checkpoint`` holds now."""
+    if _state(copy) != _wanted(checkpoint, bits, group_size):
+        return False
+    try:
+        return bool(Checkpoint(copy).require(Part.BACKBONE).backbone_tensors())
+    except CheckpointError:
+        return False
 
 
 def convert(
@@ -51,13 +57,13 @@ def convert(
         checkpoint: stored in bf16, float16, float32 or float8; not quantised itself.
         copy: the folder to make.
         bits: 4, 6 or 8 for the experts, see ``precision.scheme``; 16 keeps everything in bf16.
-        replace: whether a folder that is there may be replaced, at the very end.
+        replace: whether a copy that is there may be replaced, at the very end; it is given back if it is current.
 
     Yields:
         Progress after each layer. Between two of them, little more than the largest layer has been in memory.
 
     Raises:
-        RequestError: there are no such bits, or the folder is there already.
+        RequestError: there are no such bits, or the folder is there already and may not be replaced or is no copy.
         CheckpointError: the source cannot be read, or there is no room for the copy; before anything is written.
     """
     config, source_block = checkpoint.require(Part.BACKBONE).config, checkpoint.quantization
@@ -65,16 +71,21 @@ def convert(
         raise RequestError(
             f"{checkpoint.root} is quantised to {source_block['bits']} bits already; convert the model it was made of."
         )
+    copy = copy.resolve()  # a link to another disk stays one
     if copy.exists() and not replace:
         raise RequestError(f"{copy} is there already. Delete it, or choose another place.")
-    block = None if bits == WHOLE else scheme(config, bits, group_size)
+    if copy.exists() and _state(copy) is None:
+        raise RequestError(f"{copy} is where the copy has to be, and is none. Rename or delete it.")
+    block = _block(checkpoint, bits, group_size)
     check_backbone(config, None, checkpoint.backbone_tensors(), checkpoint)
-    size = memory_bytes(config, mx.bfloat16, block)
+    size = _size(config, block)
     partial, lock = (copy.with_name(f".{copy.name}.{end}") for end in ("partial", "lock"))
     wanted = _wanted(checkpoint, bits, group_size)
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):
+            if replace and is_current(copy, checkpoint, bits, group_size):  # another program has just made it
+                return Checkpoint(copy)
             if partial.exists() and _state(partial) != wanted:
                 shutil.rmtree(partial)
             partial.mkdir(exist_ok=True)
@@ -101,19 +112,33 @@ def convert(
     return Checkpoint(copy)
 
 
-def link_parts(checkpoint: Checkpoint, copy: Path) -> None:
-    """Let a copy have the other parts of the model too: as hard links, or as links where that cannot be."""
-    for part in Part:
-        if part is Part.BACKBONE:
-            continue
-        for path in checkpoint.files(part):
-            target = copy / path.relative_to(checkpoint.root)
+def add_parts(checkpoint: Checkpoint, copy: Path) -> Generator[Progress, None, None]:
+    """Give a copy the other parts that the model has, unless they are there: as hard links, or copied to another disk.
+
+    Yields:
+        Progress after each file.
+
+    Raises:
+        LLaDA2Error: a file cannot be written; what is done is kept.
+    """
+    files = [path for part in Part if part is not Part.BACKBONE for path in checkpoint.files(part)]
+    for number, path in enumerate(files, 1):
+        target = copy / path.relative_to(checkpoint.root)
+        try:
             target.parent.mkdir(exist_ok=True)
             if not target.exists():
-                try:
-                    os.link(path.resolve(), target)
-                except OSError:
-                    target.symlink_to(path.resolve())
+                with replacing(target) as partial:
+                    _link_or_copy(path.resolve(), partial)
+        except OSError as error:
+            raise LLaDA2Error(f"{target} cannot be written ({error.strerror}). What is done is kept.") from error
+        yield Progress("adding the other parts", number, len(files))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one that has no links
+        shutil.copyfile(source, target)
 
 
 def _layers(
@@ -124,7 +149,7 @@ def _layers(
     weight_map: dict[str, str] = {}
     for number, parameters in enumerate(groups, 1):
         path = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        if not path.exists():
+        if not _whole(path):
             tensors: dict[str, mx.array] = {}
             for parameter, shape in parameters:
                 tensors |= _kept(parameter, reader.read(parameter, shape, None), block)
@@ -136,6 +161,13 @@ def _layers(
         weight_map |= dict.fromkeys(safetensors_header(path), path.name)
         yield Progress("converting", number, len(groups))
     return weight_map
+
+
+def _whole(path: Path) -> bool:
+    try:
+        return bool(safetensors_header(path))
+    except CheckpointError:
+        return False
 
 
 def _kept(parameter: str, value: mx.array, block: Quantization | None) -> dict[str, mx.array]:
@@ -162,7 +194,17 @@ def _wanted(checkpoint: Checkpoint, bits: int, group_size: int) -> dict[str, Any
     """What a copy is made of, as its ``STATE`` says it."""
     files = {path.name: path.stat() for path in checkpoint.files(Part.BACKBONE)}
     source = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
-    return {"bits": bits, "group_size": group_size, "source": source}
+    return {"quantization": _block(checkpoint, bits, group_size), "source": source}
+
+
+def _block(checkpoint: Checkpoint, bits: int, group_size: int) -> Quantization | None:
+    return None if bits == WHOLE else scheme(checkpoint.config, bits, group_size)
+
+
+def _size(config: BackboneConfig, block: Quantization | None) -> int:
+    """Bytes of a copy: packed words, and bf16 for all else."""
+    parameters = tree_flatten(build(config, block).parameters())
+    return sum(value.size * (4 if value.dtype == mx.uint32 else 2) for _, value in parameters)
 
 
 def _state(folder: Path) -> dict[str, Any] | None:

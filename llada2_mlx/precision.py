@@ -28,7 +28,7 @@ BITS = {"8bit": 8, "6bit": 6, "4bit": 4}
 GROUP_SIZE = 64
 GROUP_SIZES = (128, 64, 32)  # what MLX has
 OTHER_BITS = 8  # at least, of everything but the routed experts: a tenth of the weights, and each token passes them all
-WORK_BYTES = 3e9  # for activations, caches and what else runs; an assumption
+WORK_BYTES = 4e9  # for activations, caches and what else runs; an assumption
 
 
 def on_cpu() -> bool:
