@@ -72,7 +72,7 @@ class Backbone:
         stored = f"{block['bits']}bit" if block else stored_type(tensors)
         if block and precision not in ("auto", stored):
             raise RequestError(
-                f"{self.checkpoint.root} is quantised to {block['bits']} bits, and what they lack does not come back. "
+                f"{self.checkpoint.root} is quantised to {block['bits']} bits, and the lost precision cannot be restored. "
                 f"Choose auto, or the model that it was made of."
             )
         if block:
@@ -98,6 +98,7 @@ class Backbone:
 
         Raises:
             CheckpointError: a tensor holds values that are not finite, or a file is damaged.
+            RequestError, LLaDA2Error: a converted copy is needed and cannot be made, see ``convert``.
         """
         with self._loading:
             if self._model is None:
@@ -116,6 +117,9 @@ class Backbone:
             job: makes a generator of ``Progress`` whose return value is the result.
             on_step: called after each step in this thread; what it raises ends the job before the next one.
             options: of the job.
+
+        Raises:
+            LLaDA2Error: as ``load``, and what the job raises.
         """
         network = self.load(on_step)
         try:

@@ -21,8 +21,8 @@ from .checkpoint import INDEX, Checkpoint, Part, safetensors_header
 from .config import BackboneConfig
 from .errors import CheckpointError, LLaDA2Error, RequestError
 from .files import replacing
-from .precision import GROUP_SIZE, Quantization, build, of, scheme
-from .progress import Progress
+from .precision import GROUP_SIZE, Quantization, build, check_block, quantization_of, scheme
+from .progress import Progress, amount
 from .weights import Reader, check_backbone
 
 STATE = "conversion.json"  # in a copy: what it was made of, and how
@@ -64,18 +64,23 @@ def convert(
 
     Raises:
         RequestError: there are no such bits, or the folder is there already and may not be replaced or is no copy.
-        CheckpointError: the source cannot be read, or there is no room for the copy; before anything is written.
+        CheckpointError: the source cannot be read, or there is no room for the copy, before anything is written; or
+            a tensor holds values that are not finite.
+        LLaDA2Error: another program is writing the copy, or it cannot be written; what is done is kept.
     """
     config, source_block = checkpoint.require(Part.BACKBONE).config, checkpoint.quantization
     if source_block is not None:
+        stated = check_block(source_block, f"{checkpoint.root / 'config.json'}")
         raise RequestError(
-            f"{checkpoint.root} is quantised to {source_block['bits']} bits already; convert the model it was made of."
+            f"{checkpoint.root} is quantised to {stated['bits']} bits already; convert the model it was made of."
         )
     copy = copy.resolve()  # a link to another disk stays one
     if copy.exists() and not replace:
         raise RequestError(f"{copy} is there already. Delete it, or choose another place.")
     if copy.exists() and _state(copy) is None:
-        raise RequestError(f"{copy} is where the copy has to be, and is none. Rename or delete it.")
+        raise RequestError(
+            f"{copy} is where the converted copy goes, but it holds something else. Rename or delete it."
+        )
     block = _block(checkpoint, bits, group_size)
     check_backbone(config, None, checkpoint.backbone_tensors(), checkpoint)
     size = _size(config, block)
@@ -108,7 +113,7 @@ def convert(
     except Timeout:
         raise LLaDA2Error(f"{copy} is being written by another program; wait until it is done.") from None
     except OSError as error:
-        raise LLaDA2Error(f"{copy} cannot be written ({error.strerror or error}). What is done is kept.") from error
+        raise _unwritten(copy, error) from error
     return Checkpoint(copy)
 
 
@@ -130,8 +135,15 @@ def add_parts(checkpoint: Checkpoint, copy: Path) -> Generator[Progress, None, N
                 with replacing(target) as partial:
                     _link_or_copy(path.resolve(), partial)
         except OSError as error:
-            raise LLaDA2Error(f"{target} cannot be written ({error.strerror}). What is done is kept.") from error
+            raise _unwritten(target, error) from error
         yield Progress("adding the other parts", number, len(files))
+
+
+def _unwritten(path: Path, error: OSError) -> LLaDA2Error:
+    return LLaDA2Error(
+        f"{path} cannot be written ({error.strerror or error}). Make room or allow writing there, and try again: what "
+        "is done is kept."
+    )
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -175,14 +187,14 @@ def _kept(parameter: str, value: mx.array, block: Quantization | None) -> dict[s
     if value.ndim < 2 or ".mlp.gate." in parameter:  # norms and the router stay as they are
         return {parameter: value}
     value, path = value.astype(mx.bfloat16), parameter.removesuffix(".weight")
-    if block is None or not (how := of(block, path)):
+    if block is None or not (how := quantization_of(block, path)):
         return {parameter: value}
     weight, scales, biases = mx.quantize(value, **how)
     return {parameter: weight, f"{path}.scales": scales, f"{path}.biases": biases}
 
 
 def _groups(checkpoint: Checkpoint) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """Names and shapes of the parameters, by what is written at once: the embeddings, each layer, the rest."""
+    """Names and shapes of the parameters, by what is written at once: each layer at once, and each of the rest."""
     groups: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for parameter, value in tree_flatten(build(checkpoint.config).parameters()):
         layer = parameter.split(".")[2] if parameter.startswith("model.layers.") else parameter
@@ -219,7 +231,8 @@ def _require_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size - there > free:
         raise CheckpointError(
-            f"The converted copy takes {size / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free. Make room."
+            f"The converted copy takes {amount(size)} in {folder.parent}, where {amount(free)} are free. Make room, or "
+            "convert to another disk: llada2-mlx convert SOURCE FOLDER."
         )
 
 

@@ -22,7 +22,7 @@ from threading import Event, Thread
 from typing import Any
 
 from .errors import CheckpointError
-from .progress import OnStep, Progress
+from .progress import OnStep, Progress, amount
 
 RESERVE = 10**9  # bytes that a download leaves free on the disk
 _CONNECTIONS = 4
@@ -59,11 +59,6 @@ def snapshot(folder: Path) -> Path:
     if (folder / "snapshots").is_dir() and main.is_file():
         return folder / "snapshots" / main.read_text().strip()
     return folder
-
-
-def amount(size: int) -> str:
-    """A number of bytes, for a person."""
-    return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"
 
 
 def download(repo: str, patterns: list[str], missing: list[str], lacking: str, on_step: OnStep) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,7 @@ Quantization = dict[
 
 TYPES = {"float32": mx.float32, "bf16": mx.bfloat16}
 BITS = {"8bit": 8, "6bit": 6, "4bit": 4}
+READ_BITS = (2, 3, 4, 5, 6, 8)  # those of copies that others made
 GROUP_SIZE = 64
 GROUP_SIZES = (128, 64, 32)  # what MLX has
 OTHER_BITS = 8  # at least, of everything but the routed experts: a tenth of the weights, and each token passes them all
@@ -77,11 +78,11 @@ def check_block(block: Any, where: str) -> Quantization:
     entries = (
         [block, *(entry for entry in block.values() if isinstance(entry, dict))] if isinstance(block, dict) else []
     )
-    usable = lambda entry: entry.get("bits") in (2, 3, 4, 5, 6, 8) and entry.get("group_size") in GROUP_SIZES
+    usable = lambda entry: entry.get("bits") in READ_BITS and entry.get("group_size") in GROUP_SIZES
     if not entries or not all(map(usable, entries)) or block.get("mode", "affine") != "affine":
         raise CheckpointError(
-            f"{where} has a quantization that cannot be read: affine, with bits and a group_size of "
-            f"{_listed(GROUP_SIZES)}, is needed. Convert the model again."
+            f"{where} has a quantization that cannot be read: affine, with {_listed(READ_BITS)} bits and a group_size "
+            f"of {_listed(GROUP_SIZES)}, is needed. Convert the model again."
         )
     return block
 
@@ -90,11 +91,13 @@ def build(config: BackboneConfig, block: Quantization | None = None) -> LLaDA2:
     """The network, its matrices quantised as ``block`` says; no weight is computed."""
     model = LLaDA2(config)
     if block is not None:
-        nn.quantize(model, class_predicate=lambda path, module: hasattr(module, "to_quantized") and of(block, path))
+        nn.quantize(
+            model, class_predicate=lambda path, module: hasattr(module, "to_quantized") and quantization_of(block, path)
+        )
     return model
 
 
-def of(block: Quantization, path: str) -> dict[str, int] | bool:
+def quantization_of(block: Quantization, path: str) -> dict[str, int] | Literal[False]:
     """Bits and group size of a matrix, or False where it is not quantised."""
     entry = block.get(path, block)
     return entry and {"group_size": entry["group_size"], "bits": entry["bits"]}
@@ -123,10 +126,10 @@ def choose(config: BackboneConfig, stored: str, memory: int) -> tuple[str, str]:
         stored: "bf16" or "float32". Where MLX runs on the CPU, float32 stands for both.
         memory: in bytes, see ``machine_bytes``.
     """
-    first = "float32" if on_cpu() else stored
+    whole = ("float32",) if on_cpu() else ("float32", "bf16") if stored == "float32" else ("bf16",)
     sizes = {
         name: memory_bytes(config, run_type(name), scheme(config, BITS[name]) if name in BITS else None)
-        for name in (first, *BITS)
+        for name in (*whole, *BITS)
     }
     fitting = [name for name, size in sizes.items() if size + WORK_BYTES <= memory]
     chosen = fitting[0] if fitting else list(sizes)[-1]

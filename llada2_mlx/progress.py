@@ -31,3 +31,8 @@ OnStep = Callable[[Progress], None]
 
 def ignore(progress: Progress) -> None:
     """An ``OnStep`` that does nothing."""
+
+
+def amount(size: int) -> str:
+    """A number of bytes, for a person."""
+    return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"

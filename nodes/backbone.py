@@ -42,6 +42,4 @@ class LoadLLaDA2Backbone(io.ComfyNode):
     @classmethod
     @host.explains_imports
     def execute(cls, model: str, precision: str) -> io.NodeOutput:
-        backbone = host.backbone(model, precision)
-        host.tell(backbone.reason)
-        return io.NodeOutput(backbone)
+        return io.NodeOutput(host.backbone(model, precision))

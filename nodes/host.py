@@ -24,7 +24,7 @@ from ..llada2_mlx import hub
 from ..llada2_mlx.checkpoint import BUILT_IN as BUILT_IN_FOLDER
 from ..llada2_mlx.checkpoint import HUB_MODEL, Checkpoint, Part, resolve
 from ..llada2_mlx.errors import CheckpointError, LLaDA2Error
-from ..llada2_mlx.progress import ignore
+from ..llada2_mlx.progress import amount, ignore
 from ..llada2_mlx.vq import VQGrid, picture_seed
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def progress(item: int = 0, items: int = 1) -> OnStep:
             bar, phase = ProgressBar(1), at.phase
         bar.update_absolute(item * at.total + at.done, items * at.total)
         if at.in_bytes:  # it takes so long that a person wants to know how much is left
-            show(f"{at.phase}: {hub.amount(at.done)} of {hub.amount(at.total)}", final=at.done == at.total)
+            show(f"{at.phase}: {amount(at.done)} of {amount(at.total)}", final=at.done == at.total)
 
     return step
 
@@ -290,7 +290,7 @@ class ManagedBackbone(ManagedPart):
             return handle
 
         super().__init__(f"backbone of {handle.checkpoint.root.name}", load, handle.size, type(handle).unload)
-        self.checkpoint, self.config, self.reason = handle.checkpoint, handle.config, handle.reason
+        self.checkpoint, self.config = handle.checkpoint, handle.config
         self._handle = handle
 
     @property
@@ -306,10 +306,14 @@ _parts: dict[tuple, tuple[tuple, ManagedPart]] = {}
 
 
 def backbone(model: str, precision: str) -> ManagedBackbone:
-    """The backbone of a model. Its files' headers are checked now, its weights read on use."""
+    """The backbone of a model. Its files' headers are checked now, its weights read on use.
+
+    Tells on the node why "auto" picked what it did.
+    """
     from ..llada2_mlx.backbone import Backbone
 
     handle = Backbone(checkpoint(model, Part.BACKBONE), precision)
+    tell(handle.reason)
     key = "backbone", handle.checkpoint.root.resolve(), handle.precision  # "auto" is one of the others
     return _registered(key, fingerprint(model, Part.BACKBONE), lambda: ManagedBackbone(handle))
 

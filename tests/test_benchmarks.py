@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from benchmarks import breakdown, model, upstream
-from benchmarks.__main__ import SECTIONS, main
+from benchmarks.__main__ import main
 from benchmarks.measure import Case, compare, ours, picture, question
 
 from llada2_mlx.backbone import Backbone
@@ -55,7 +56,12 @@ def test_the_command_writes_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(upstream, "version", lambda: None)
-    main(["--size", "tiny", "--only", "mlx-vlm-codes", "--json", str(tmp_path / "figures.json")])
-    assert "not installed" in capsys.readouterr().out
-    assert '"sections"' in (tmp_path / "figures.json").read_text()
-    assert "mlx-vlm-codes" in SECTIONS
+    call = ["--size", "tiny", "--only", "precisions", "mlx-vlm-codes", "--repeats", "1"]
+    main([*call, "--json", str(tmp_path / "figures.json")])
+    precisions, theirs = json.loads((tmp_path / "figures.json").read_text())["sections"].values()
+    told = capsys.readouterr().out
+    assert [row["name"] for row in precisions["rows"]] == ["bf16", "float32", "8bit", "6bit", "4bit"]
+    assert all(row["seconds"] > 0 and f"{row['seconds']:.2f}" in told for row in precisions["rows"])
+    bytes_of = precisions["details"]["weight_bytes"]
+    assert bytes_of["float32"] >= bytes_of["bf16"] > bytes_of["8bit"] > bytes_of["6bit"] > bytes_of["4bit"]
+    assert "not installed" in theirs["notes"][0] and theirs["notes"][0] in told

@@ -29,6 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=100)
     pictures = parser.parse_args().pictures
+    if pictures < 2 * WARM:
+        parser.error(f"--pictures has to be at least {2 * WARM}: the first {WARM} are the warm-up")
     studio, peaks = Studio(Checkpoint(BUILT_IN)), {}
     print("| pictures | peak of the process, MB | MLX in use, MB | MLX buffer cache, MB |\n|---|---|---|---|")
     for number, (_, prompt) in enumerate(measures.prompts(pictures), 1):
