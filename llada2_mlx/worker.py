@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from .progress import OnStep, Progress, ignore
 
-CACHE_BYTES = 10**9  # that MLX may keep of freed buffers, to use them again, while it works
+CACHE_BYTES = 10**9  # of freed buffers MLX may keep no more, however large the machine is
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class MLXWorker:
 def _serve(calls: SimpleQueue) -> None:
     import mlx.core as mx
 
-    mx.set_cache_limit(CACHE_BYTES)
+    mx.set_cache_limit(min(CACHE_BYTES, mx.set_cache_limit(CACHE_BYTES)))
     while (call := calls.get()) is not None:
         future, function, args = call
         try:

@@ -35,6 +35,7 @@ assert backbone.size > 4e8 and memory() - before < 0.1 * backbone.size  # only h
 backbone.get(ignore)
 assert near(memory() - before, backbone.size)  # there once
 assert near(mx.get_peak_memory(), backbone.size)  # and never twice on the way
+assert mx.get_cache_memory() == 0  # nor is anything kept of what reading it took
 assert foreign in model_management.loaded_models() and loaded() == {"backbone of large"}
 
 # what is asked for is there already, nobody goes
