@@ -148,7 +148,7 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> Non
     count = lambda full: max(1, round(full * scale))
     rows: Iterable[tuple[str, str, Callable[[], object]]] = (
         ("text to image", "90 %", lambda: text_to_image(studio, count(200))),
-        ("text to image, guidance 1.0", "less than at 2.0", lambda: text_to_image(studio, count(50), guidance=1.0)),
+        ("text to image, guidance 1.0", "less than at 2.0", lambda: text_to_image(studio, count(200), guidance=1.0)),
         ("text to image, guidance 0", "near chance", lambda: text_to_image(studio, count(25), guidance=0.0)),
         (
             "text to image, full decoder",

@@ -50,7 +50,7 @@ def test_it_answers_questions(studio: Studio) -> None:
 
 
 def test_it_edits_pictures(studio: Studio) -> None:
-    assert measures.edited(studio, 10).share >= 0.3
+    assert measures.edited(studio, 10).share >= 0.6
 
 
 def test_it_edits_what_the_gallery_shows(studio: Studio) -> None:

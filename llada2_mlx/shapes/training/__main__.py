@@ -82,7 +82,7 @@ class Training:
         self._write_decoder("decoder-turbo", turbo.student)
 
     def backbone(self) -> None:
-        """The backbone: first mostly drawing, then mostly editing, and last what an edit only copies."""
+        """The backbone: first mostly drawing, then mostly editing, and then what an edit only copies too."""
         tokens = Tokens(Checkpoint(self.out))
         torch.manual_seed(SEED)
         learner = backbone.Learner()

@@ -105,6 +105,16 @@ STAGES = {
         {0: ("edit", "ask", "edit", "edit", "draw", "edit", "edit", "ask", "edit", "edit")},
         scrambled=0.5,
     ),
+    "backbone-fourth": Stage(
+        Schedule(steps=5000, rate=1.2e-3, warmup=100, average=0.998),
+        {0: ("edit", "ask", "edit", "edit", "draw", "edit", "edit", "ask", "edit", "edit")},
+        scrambled=0.5,
+    ),
+    "backbone-fifth": Stage(
+        Schedule(steps=1500, rate=8e-4, warmup=60, average=0.996),
+        {0: ("edit", "draw", "edit", "ask", "edit", "draw", "edit", "edit", "ask", "edit")},
+        scrambled=0.5,
+    ),
 }
 
 
@@ -228,7 +238,10 @@ class Curriculum:
         self.tokens, self.examples, self.scrambled = tokens, examples, scrambled
 
     def batch(self, task: str, rng: random.Random) -> dict[str, torch.Tensor]:
-        """``ids``, ``targets``, ``positions`` [batch, length], ``mask`` [batch, length, length], ``branches`` [batch]."""
+        """``mask`` bool [batch, length, length], ``branches`` [batch], and of each token [batch, length] integers:
+        ``ids``, ``targets``, ``positions``, ``cells``, ``sources``, ``moved``, ``names``, ``parts``, ``asks`` (see
+        ``Packed``).
+        """
         make = {"draw": self._draw, "edit": self._edit, "ask": self._ask, "ask small": self._ask_small}[task]
         sequences = [made for _ in range(BATCHES[task]) for made in make(rng.choice(self.examples), rng)]
         longest = max(len(sequence.ids) for sequence in sequences)
