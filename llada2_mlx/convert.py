@@ -21,7 +21,7 @@ from .checkpoint import INDEX, Checkpoint, Part, safetensors_header
 from .config import BackboneConfig
 from .errors import CheckpointError, LLaDA2Error, RequestError
 from .files import replacing
-from .precision import GROUP_SIZE, Quantization, build, check_block, quantization_of, scheme
+from .precision import GROUP_SIZE, Quantization, build, check_block, is_router, quantization_of, scheme
 from .progress import Progress, amount
 from .weights import Reader, check_backbone
 
@@ -184,7 +184,7 @@ def _whole(path: Path) -> bool:
 
 def _kept(parameter: str, value: mx.array, block: Quantization | None) -> dict[str, mx.array]:
     """What a copy keeps of a parameter: itself, or its packed weights with their scales and offsets."""
-    if value.ndim < 2 or ".mlp.gate." in parameter:  # norms and the router stay as they are
+    if value.ndim < 2 or is_router(parameter):  # norms too stay as they are
         return {parameter: value}
     value, path = value.astype(mx.bfloat16), parameter.removesuffix(".weight")
     if block is None or not (how := quantization_of(block, path)):

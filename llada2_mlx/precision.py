@@ -36,11 +36,16 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
+def is_router(parameter: str) -> bool:
+    """Whether this is a parameter of a router, which is float32 by design and keeps what it has."""
+    return ".mlp.gate." in parameter
+
+
 def parameter_type(parameter: str, dtype: mx.Dtype) -> mx.Dtype:
     """The type to keep a parameter in, in a network that runs in ``dtype``."""
-    # the router is float32 by design; MLX's CPU backend multiplies experts in no other type
+    # MLX's CPU backend multiplies experts in no other type
     whole_expert = ".switch_mlp." in parameter and parameter.endswith(".weight")
-    return mx.float32 if ".mlp.gate." in parameter or (whole_expert and on_cpu()) else dtype
+    return mx.float32 if is_router(parameter) or (whole_expert and on_cpu()) else dtype
 
 
 def scheme(config: BackboneConfig, bits: int, group_size: int = GROUP_SIZE) -> Quantization:

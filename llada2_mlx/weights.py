@@ -11,7 +11,7 @@ from .checkpoint import Checkpoint, TensorInfo, check_tensors
 from .config import BackboneConfig
 from .errors import CheckpointError
 from .model import LLaDA2
-from .precision import Quantization, build, on_cpu, parameter_type
+from .precision import Quantization, build, is_router, on_cpu, parameter_type
 from .progress import Progress
 
 EIGHT, SCALE, SIDE = "F8_E4M3", "_scale_inv", 128  # a float8 tensor NAME has NAME_scale_inv, a scale a 128 x 128 block
@@ -87,7 +87,7 @@ class Reader:
             mx.eval(value)
             return value
         if dtype is not None:
-            if ".mlp.gate." not in parameter:  # the router does not lose what it has
+            if not is_router(parameter):
                 value = value.astype(dtype)
             value = _laid_out(parameter, value.astype(parameter_type(parameter, dtype)))
         finite = mx.isfinite(value).reshape(len(names), -1).all(axis=-1)
