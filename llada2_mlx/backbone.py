@@ -102,7 +102,7 @@ class Backbone:
         """
         with self._loading:
             if self._model is None:
-                self._model = self._clean_drive(self._read(), on_step)
+                self._model = self._worker.drive(self._read(), on_step)
             return self._model
 
     def unload(self) -> None:
@@ -122,13 +122,7 @@ class Backbone:
             LLaDA2Error: as ``load``, and what the job raises.
         """
         network = self.load(on_step)
-        return self._clean_drive(job(network, *args, **options), on_step)
-
-    def _clean_drive(self, steps: Steps[T], on_step: OnStep) -> T:
-        try:
-            return self._worker.drive(steps, on_step)
-        finally:
-            self._worker.call(mx.clear_cache)  # what work leaves in the buffer cache is memory that others miss
+        return self._worker.drive(job(network, *args, **options), on_step)
 
     def _read(self) -> Steps[LLaDA2]:
         """The network, from a converted copy where one is needed, which is made unless it is there."""

@@ -13,6 +13,8 @@ from queue import SimpleQueue
 from threading import Thread, current_thread
 from typing import Any, TypeVar
 
+import mlx.core as mx
+
 from .progress import OnStep, Progress, ignore
 
 CACHE_BYTES = 10**9  # of freed buffers MLX may keep no more, however large the machine is
@@ -38,6 +40,8 @@ class MLXWorker:
     def drive(self, steps: Generator[Progress, None, T], on_step: OnStep = ignore) -> T:
         """Run a generator on the worker's thread, step by step; returns its return value.
 
+        MLX's buffer cache is empty afterwards: what work leaves there is memory that others miss.
+
         Args:
             on_step: called after each step in the caller's thread; what it raises ends the work before the next one.
         """
@@ -56,11 +60,10 @@ class MLXWorker:
                 on_step(progress)
         finally:
             self.call(steps.close)
+            self.call(mx.clear_cache)
 
 
 def _serve(calls: SimpleQueue) -> None:
-    import mlx.core as mx
-
     mx.set_cache_limit(min(CACHE_BYTES, mx.set_cache_limit(CACHE_BYTES)))
     while (call := calls.get()) is not None:
         future, function, args = call

@@ -87,6 +87,8 @@ class Stage:
     scrambled: float = 0.0
 
 
+MOSTLY_EDITS = ("edit", "ask", "edit", "edit", "draw", "edit", "edit", "ask", "edit", "edit")
+
 STAGES = {
     "backbone-first": Stage(
         Schedule(steps=5000, rate=2e-3, warmup=150, average=0.998),
@@ -102,12 +104,12 @@ STAGES = {
     ),
     "backbone-third": Stage(
         Schedule(steps=1600, rate=1e-3, warmup=60, average=0.996),
-        {0: ("edit", "ask", "edit", "edit", "draw", "edit", "edit", "ask", "edit", "edit")},
+        {0: MOSTLY_EDITS},
         scrambled=0.5,
     ),
     "backbone-fourth": Stage(
         Schedule(steps=5000, rate=1.2e-3, warmup=100, average=0.998),
-        {0: ("edit", "ask", "edit", "edit", "draw", "edit", "edit", "ask", "edit", "edit")},
+        {0: MOSTLY_EDITS},
         scrambled=0.5,
     ),
     "backbone-fifth": Stage(
