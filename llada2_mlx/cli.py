@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, prompts
-from .checkpoint import BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve
-from .config import PRECISIONS
+from .checkpoint.config import PRECISIONS
+from .checkpoint.layout import BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve
+from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
 from .progress import Progress
-from .sizes import DEFAULT_DRAWING
 from .vq import VQGrid
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .backbone import Backbone
-    from .diffusion import Report, Sampling
+    from .backbone.denoising import Report, Sampling
+    from .backbone.handle import Backbone
     from .imaging.decoder import DecodeOptions
 
 # the words of the command line for what the library calls so; the library itself is imported when it is needed
@@ -149,7 +149,7 @@ def demo(a: argparse.Namespace) -> None:
 
 def convert(a: argparse.Namespace) -> None:
     """Write a smaller copy of a model: its language model with few bits, the rest linked."""
-    from .convert import add_parts, convert, is_current
+    from .backbone.convert import add_parts, convert, is_current
     from .worker import MLXWorker
 
     source, copy, worker = _resolve(a, Part.BACKBONE), Checkpoint(Path(a.destination).absolute()), MLXWorker()
@@ -194,8 +194,8 @@ def _resolve(a: argparse.Namespace, *parts: Part) -> Checkpoint:
 
 
 def _backbone(a: argparse.Namespace, checkpoint: Checkpoint) -> Backbone:
-    from .backbone import Backbone
-    from .precision import BITS
+    from .backbone.handle import Backbone
+    from .backbone.precision import BITS
 
     backbone = Backbone(checkpoint, a.precision)
     if backbone.reason and backbone.precision in BITS:  # the weights are not used as they are
@@ -280,7 +280,7 @@ def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGri
 
 
 def _sampling(a: argparse.Namespace) -> Sampling:
-    from .diffusion import Sampling
+    from .backbone.denoising import Sampling
 
     return Sampling(**{field.name: getattr(a, field.name) for field in fields(Sampling)})
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import prompts
-from .backbone import Backbone
-from .diffusion import Method, Report, Sampling, Vocabulary, check_length, generate
+from .backbone.denoising import Method, Report, Sampling, Vocabulary, check_length, generate
+from .backbone.guidance import Guidance
+from .backbone.handle import Backbone
+from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
-from .guidance import Guidance
 from .progress import OnStep, Progress, ignore
-from .sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .vq import VQGrid
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from .checkpoint import Checkpoint
+from .checkpoint.layout import Checkpoint
 from .errors import CheckpointError, RequestError
 
 _NEEDED = ("<|endoftext|>", "<|mask|>", "<|image|>", "<|/image|>", "<boi>", "<role>", "</role>")

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..llada2_mlx.checkpoint import Part
-from ..llada2_mlx.config import PRECISIONS
+from ..llada2_mlx.checkpoint.config import PRECISIONS
+from ..llada2_mlx.checkpoint.layout import Part
 from . import host
 from .sockets import BackboneSocket, model_input
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..llada2_mlx.checkpoint import Part
+from ..llada2_mlx.checkpoint.layout import Part
 from ..llada2_mlx.errors import RequestError
 from ..llada2_mlx.imaging.decoder import SOLVERS, VAE, DecodeOptions, Sampler, check_decode
 from ..llada2_mlx.imaging.pixels import to_images

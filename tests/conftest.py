@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import Checkpoint
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.checkpoint.layout import Checkpoint
 
 TESTS = Path(__file__).parent
 

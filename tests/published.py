@@ -1,6 +1,6 @@
 """The published backbone's config, for tests that count, and for the rehearsal at full size."""
 
-from llada2_mlx.config import BackboneConfig
+from llada2_mlx.checkpoint.config import BackboneConfig
 
 BACKBONE = BackboneConfig(
     vocab_size=173568, hidden_size=2048, intermediate_size=5120, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=4,

@@ -13,10 +13,10 @@ import torch
 from mlx.utils import tree_flatten
 from torch import nn
 
-from llada2_mlx.config import BackboneConfig
-from llada2_mlx.model import LLaDA2
+from llada2_mlx.backbone.network import LLaDA2
+from llada2_mlx.backbone.weights import published_names
+from llada2_mlx.checkpoint.config import BackboneConfig
 from llada2_mlx.shapes.training import export
-from llada2_mlx.weights import published_names
 
 BACKBONE = BackboneConfig(
     vocab_size=512 + 256,

@@ -10,9 +10,9 @@ from benchmarks import breakdown, model, upstream
 from benchmarks.__main__ import main
 from benchmarks.measure import Case, compare, ours, picture, question
 
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import Checkpoint
-from llada2_mlx.diffusion import Method
+from llada2_mlx.backbone.denoising import Method
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.checkpoint.layout import Checkpoint
 
 
 @pytest.fixture(scope="module")

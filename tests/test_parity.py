@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from llada2_mlx import prompts, tasks
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import Checkpoint, Part
-from llada2_mlx.diffusion import Sampling, Vocabulary, generate
-from llada2_mlx.guidance import Guidance
+from llada2_mlx.backbone.denoising import Sampling, Vocabulary, generate
+from llada2_mlx.backbone.guidance import Guidance
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.checkpoint.layout import Checkpoint, Part
 from llada2_mlx.imaging.decoder import VAE, DecodeOptions, Decoder, Sampler
 from llada2_mlx.imaging.prepare import Purpose, fit
 from llada2_mlx.imaging.tokenizer import ImageTokenizer

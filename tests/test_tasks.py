@@ -6,9 +6,9 @@ import pytest
 from synthetic import tiny
 
 from llada2_mlx import tasks
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import Checkpoint
-from llada2_mlx.diffusion import Method, Sampling
+from llada2_mlx.backbone.denoising import Method, Sampling
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.errors import RequestError
 from llada2_mlx.vq import VQGrid
 

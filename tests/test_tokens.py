@@ -6,8 +6,8 @@ import pytest
 from synthetic import tiny
 
 from llada2_mlx import prompts
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import Checkpoint
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.errors import RequestError
 from llada2_mlx.tokens import Tokens
 from llada2_mlx.vq import VQGrid

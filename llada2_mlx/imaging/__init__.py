@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..checkpoint import Checkpoint, Part
+from ..checkpoint.layout import Checkpoint, Part
 from ..progress import OnStep, ignore
 
 if TYPE_CHECKING:

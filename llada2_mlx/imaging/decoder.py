@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint, Part, safetensors_header
+from ..checkpoint.layout import Checkpoint, Part, safetensors_header
 from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from safetensors import safe_open
 
-from ..checkpoint import safetensors_header
+from ..checkpoint.layout import safetensors_header
 from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
 

@@ -8,8 +8,8 @@ from enum import Enum
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..checkpoint.sizes import ENCODED_PIXELS, SIDE_STEP, ImageSizes
 from ..errors import RequestError
-from ..sizes import ENCODED_PIXELS, SIDE_STEP, ImageSizes
 
 PATCH = ENCODED_PIXELS
 UNIT = SIDE_STEP

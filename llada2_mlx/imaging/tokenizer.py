@@ -10,7 +10,7 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-from ..checkpoint import Checkpoint, Part
+from ..checkpoint.layout import Checkpoint, Part
 from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid

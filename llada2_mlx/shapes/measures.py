@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..checkpoint import BUILT_IN, Checkpoint
-from ..config import PRECISIONS
+from ..checkpoint.config import PRECISIONS
+from ..checkpoint.layout import BUILT_IN, Checkpoint
 from .detector import read
 from .grammar import Change, Edit, Question, Topic, caption, edit, question
 from .studio import Studio

@@ -7,8 +7,8 @@ from functools import cached_property
 from PIL import Image
 
 from .. import tasks
-from ..backbone import Backbone
-from ..checkpoint import BUILT_IN, Checkpoint, Part
+from ..backbone.handle import Backbone
+from ..checkpoint.layout import BUILT_IN, Checkpoint, Part
 from ..imaging import load_part
 from ..imaging.decoder import VAE, DecodeOptions, Decoder
 from ..imaging.pixels import to_images

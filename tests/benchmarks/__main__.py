@@ -12,10 +12,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import Checkpoint
-from llada2_mlx.config import PRECISIONS
-from llada2_mlx.diffusion import Method
+from llada2_mlx.backbone.denoising import Method
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.checkpoint.config import PRECISIONS
+from llada2_mlx.checkpoint.layout import Checkpoint
 
 from . import breakdown, model, upstream
 from .measure import STEPS, Case, Job, Request, Section, compare, ours, picture, question

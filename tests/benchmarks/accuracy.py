@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from llada2_mlx import prompts, tasks
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import BUILT_IN, Checkpoint
-from llada2_mlx.convert import convert
+from llada2_mlx.backbone.convert import convert
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.progress import Progress
 from llada2_mlx.shapes import measures
 from llada2_mlx.shapes.studio import Studio

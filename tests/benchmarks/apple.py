@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from published import BACKBONE  # noqa: E402
 
-from llada2_mlx import precision  # noqa: E402
+from llada2_mlx.backbone import precision  # noqa: E402
 
 SHARE = 0.7  # of the stated bandwidth that is reached; an assumption
 BLOCK, STEPS, TEXT_STEPS = 32, 8, 32

@@ -13,10 +13,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from llada2_mlx import diffusion
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.guidance import Guidance
-from llada2_mlx.model import MLP, Attention, LLaDA2, Router
+from llada2_mlx.backbone import denoising
+from llada2_mlx.backbone.guidance import Guidance
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.backbone.network import MLP, Attention, LLaDA2, Router
 
 from .measure import Request, ours
 
@@ -28,8 +28,8 @@ _PARTS = {
     "dense and shared MLP": (MLP, "__call__"),
     "guidance and rescale": (Guidance, "combine"),
     "output head": (LLaDA2, "logits"),
-    "candidates": (diffusion, "candidates"),
-    "acceptance": (diffusion, "accept"),
+    "candidates": (denoising, "candidates"),
+    "acceptance": (denoising, "accept"),
 }
 
 

@@ -11,7 +11,7 @@ import sys
 
 import mlx.core as mx
 
-from llada2_mlx.checkpoint import BUILT_IN, Checkpoint
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.shapes import measures
 from llada2_mlx.shapes.studio import Studio
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.diffusion import Generation, Method, Sampling, Vocabulary, generate
-from llada2_mlx.guidance import Guidance
-from llada2_mlx.model import LLaDA2
+from llada2_mlx.backbone.denoising import Generation, Method, Sampling, Vocabulary, generate
+from llada2_mlx.backbone.guidance import Guidance
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.backbone.network import LLaDA2
 from llada2_mlx.progress import Progress
 
 Job = Callable[..., Generator[Progress, None, Generation]]

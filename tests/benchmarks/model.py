@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from synthetic import BACKBONE, Sizes, write_backbone
 
-from llada2_mlx.config import BackboneConfig
+from llada2_mlx.checkpoint.config import BackboneConfig
 
 # Work is in the proportions of the published model: 9.6 text ids a code, and the whole head about as much work as half
 # of the layers. MLX's CPU backend does one or two GFLOP/s, so what ends in minutes there is small.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from client import PACK, ROOT, Comfy, serve
 
-from llada2_mlx.checkpoint import BUILT_IN
+from llada2_mlx.checkpoint.layout import BUILT_IN
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import mlx.core as mx
 import torch
 from memory_base import CPU, base, host, ignore, loaded, model_management
 from the_pack.llada2_mlx import tasks
-from the_pack.llada2_mlx.checkpoint import BUILT_IN, Part
+from the_pack.llada2_mlx.checkpoint.layout import BUILT_IN, Part
 
 
 def free(amount: float) -> None:

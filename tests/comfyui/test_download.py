@@ -10,7 +10,7 @@ import pytest
 from client import PACK, ROOT, Comfy, serve, workflow
 from hub_server import Hub, serving
 
-from llada2_mlx.checkpoint import BUILT_IN, HUB_MODEL
+from llada2_mlx.checkpoint.layout import BUILT_IN, HUB_MODEL
 
 TEXT_TO_IMAGE = {"1": {"model": HUB_MODEL}, "3": {"model": HUB_MODEL}}
 

@@ -11,7 +11,7 @@ from client import WORKFLOWS, Comfy, Run, workflow
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llada2_mlx.checkpoint import BUILT_IN
+from llada2_mlx.checkpoint.layout import BUILT_IN
 from llada2_mlx.shapes.detector import read
 from llada2_mlx.shapes.world import Colour, Kind, Place
 

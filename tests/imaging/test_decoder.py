@@ -10,7 +10,7 @@ import torch
 from synthetic import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llada2_mlx.checkpoint import Checkpoint, Part
+from llada2_mlx.checkpoint.layout import Checkpoint, Part
 from llada2_mlx.errors import RequestError
 from llada2_mlx.imaging import decoder as module
 from llada2_mlx.imaging.decoder import (

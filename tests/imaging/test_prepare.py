@@ -8,10 +8,10 @@ import torch
 from pictures import noise
 from PIL import Image
 
+from llada2_mlx.checkpoint.sizes import ImageSizes
 from llada2_mlx.errors import RequestError
 from llada2_mlx.imaging.pixels import to_images
 from llada2_mlx.imaging.prepare import Purpose, centre_crop, edit_size, own_side, prepare, to_rgb, understand_size
-from llada2_mlx.sizes import ImageSizes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pictures import noise
 from PIL import Image
 from synthetic import tiny
 
-from llada2_mlx.checkpoint import Checkpoint
+from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.errors import RequestError
 from llada2_mlx.imaging.prepare import Purpose, prepare
 from llada2_mlx.imaging.tokenizer import ImageTokenizer

@@ -13,11 +13,11 @@ import torch
 from mlx.utils import tree_flatten
 from published import BACKBONE
 
-from llada2_mlx.checkpoint import INDEX
-from llada2_mlx.config import BackboneConfig
-from llada2_mlx.model import LLaDA2
+from llada2_mlx.backbone.network import LLaDA2
+from llada2_mlx.backbone.weights import published_names
+from llada2_mlx.checkpoint.config import BackboneConfig
+from llada2_mlx.checkpoint.layout import INDEX
 from llada2_mlx.shapes.training import export
-from llada2_mlx.weights import published_names
 
 SHARDS = 13
 POOL = 1 << 26  # random values that all tensors are cut from

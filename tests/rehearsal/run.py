@@ -48,8 +48,8 @@ class Rehearsal:
 
     def convert(self) -> None:
         """convert it to 4 bits"""
-        from llada2_mlx.checkpoint import Checkpoint, Part
-        from llada2_mlx.convert import convert
+        from llada2_mlx.backbone.convert import convert
+        from llada2_mlx.checkpoint.layout import Checkpoint, Part
         from llada2_mlx.worker import MLXWorker
 
         with self.timed("seconds"):
@@ -67,8 +67,8 @@ class Rehearsal:
     def draw(self) -> None:
         """one block of text to image at 1024 x 1024 with guidance, 8 steps"""
         from llada2_mlx import prompts
-        from llada2_mlx.diffusion import Vocabulary
-        from llada2_mlx.guidance import Guidance
+        from llada2_mlx.backbone.denoising import Vocabulary
+        from llada2_mlx.backbone.guidance import Guidance
 
         backbone = self._backbone()
         tokens = backbone.tokens
@@ -78,8 +78,8 @@ class Rehearsal:
     def understand(self) -> None:
         """one block of understanding on 2,500 codes, 8 steps"""
         from llada2_mlx import prompts
-        from llada2_mlx.diffusion import Vocabulary
-        from llada2_mlx.guidance import Guidance
+        from llada2_mlx.backbone.denoising import Vocabulary
+        from llada2_mlx.backbone.guidance import Guidance
         from llada2_mlx.vq import VQGrid
 
         backbone = self._backbone()
@@ -99,7 +99,7 @@ class Rehearsal:
         """encode a picture of 512 x 512"""
         from PIL import Image
 
-        from llada2_mlx.checkpoint import Part
+        from llada2_mlx.checkpoint.layout import Part
         from llada2_mlx.imaging.prepare import Purpose
 
         tokenizer = self._part(Part.IMAGE_TOKENIZER)
@@ -109,7 +109,7 @@ class Rehearsal:
 
     def decode(self) -> None:
         """two decoder steps at 512 x 512, without guidance"""
-        from llada2_mlx.checkpoint import Part
+        from llada2_mlx.checkpoint.layout import Part
         from llada2_mlx.imaging.decoder import DecodeOptions
         from llada2_mlx.vq import VQGrid
 
@@ -123,7 +123,7 @@ class Rehearsal:
         """VAE, latents to 512 x 512 pixels"""
         import torch
 
-        from llada2_mlx.checkpoint import Part
+        from llada2_mlx.checkpoint.layout import Part
 
         vae = self._part(Part.VAE)
         with self.timed("seconds"):
@@ -131,13 +131,13 @@ class Rehearsal:
         assert pixels.shape == (1, 512, 512, 3)
 
     def _backbone(self):
-        from llada2_mlx.backbone import Backbone
-        from llada2_mlx.checkpoint import Checkpoint
+        from llada2_mlx.backbone.handle import Backbone
+        from llada2_mlx.checkpoint.layout import Checkpoint
 
         return Backbone(Checkpoint(self.small))
 
     def _part(self, part):
-        from llada2_mlx.checkpoint import Checkpoint
+        from llada2_mlx.checkpoint.layout import Checkpoint
         from llada2_mlx.imaging import load_part
 
         with self.timed("seconds to read"):
@@ -145,7 +145,7 @@ class Rehearsal:
 
     def _block(self, backbone, make, text, vocabulary, guidance) -> None:
         """The first block after a prompt, in 8 steps; the text is cut so that the prompt fills its own blocks."""
-        from llada2_mlx.diffusion import Sampling, generate
+        from llada2_mlx.backbone.denoising import Sampling, generate
 
         while len(make(text)[0]) % BLOCK:
             text = text[:-1]  # the tokenizer written here knows bytes alone

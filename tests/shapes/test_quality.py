@@ -10,8 +10,8 @@ from itertools import islice
 
 import pytest
 
-from llada2_mlx.checkpoint import BUILT_IN, Checkpoint, Part
-from llada2_mlx.config import PRECISIONS
+from llada2_mlx.checkpoint.config import PRECISIONS
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part
 from llada2_mlx.imaging.prepare import Purpose
 from llada2_mlx.shapes import gallery, measures
 from llada2_mlx.shapes.detector import read

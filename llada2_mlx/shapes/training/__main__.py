@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoint import BUILT_IN, Checkpoint
+from ...checkpoint.layout import BUILT_IN, Checkpoint
 from ...tokens import Tokens
 from ..world import SIDE
 from . import backbone, data, decoder, export, text, tokenizer, vae

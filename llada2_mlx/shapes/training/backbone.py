@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ... import prompts
-from ...config import BackboneConfig
-from ...guidance import Guidance
+from ...backbone.guidance import Guidance
+from ...checkpoint.config import BackboneConfig
 from ...tokens import Tokens
 from ...vq import VQGrid
 from ..grammar import Question, Topic, caption, question
@@ -556,7 +556,7 @@ def _scrambled(example: Example, rng: random.Random) -> Example:
 
 
 def _aligned(branch: list[int], length: int) -> tuple[int, list[int]]:
-    """Where a branch begins that ends with a conditional one of this length, as ``diffusion`` lays them out, and its ids."""
+    """Where a branch begins that ends with a conditional one of this length, as ``denoising`` lays them out, and its ids."""
     begin = max(0, length - len(branch))
     return begin, [0] * begin + branch[len(branch) - (length - begin) :]
 

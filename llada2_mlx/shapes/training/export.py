@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ...config import BackboneConfig
+from ...checkpoint.config import BackboneConfig
 from .text import write_tokenizer
 
 Tensors = Mapping[str, torch.Tensor]

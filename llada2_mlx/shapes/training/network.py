@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ...config import BackboneConfig
+from ...checkpoint.config import BackboneConfig
 
 BALANCE = 1e-3  # how far a step moves an expert's bias towards an even load
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .errors import RequestError
-from .model import LLaDA2
+from ..errors import RequestError
+from .network import LLaDA2
 
 
 @dataclass(frozen=True)

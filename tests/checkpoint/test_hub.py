@@ -21,8 +21,8 @@ from hub_server import Hub, is_large, serving
 from safetensors.torch import load_file, save_file
 from synthetic import tiny
 
-from llada2_mlx import hub as hub_module
-from llada2_mlx.checkpoint import HUB_MODEL, Part, resolve
+from llada2_mlx.checkpoint import hub as hub_module
+from llada2_mlx.checkpoint.layout import HUB_MODEL, Part, resolve
 from llada2_mlx.errors import CheckpointError
 from llada2_mlx.progress import Progress
 

@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from llada2_mlx import diffusion
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.diffusion import Method, Sampling, Vocabulary, accept, block_mask, candidates, generate
+from llada2_mlx.backbone import denoising
+from llada2_mlx.backbone.denoising import Method, Sampling, Vocabulary, accept, block_mask, candidates, generate
+from llada2_mlx.backbone.guidance import Guidance
+from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.errors import RequestError
-from llada2_mlx.guidance import Guidance
 from llada2_mlx.progress import Progress
 
 SIMPLE, EDITING = Guidance.simple(2.0), Guidance.editing(4.0, 1.2)
@@ -106,7 +106,7 @@ def test_a_long_prompt_is_read_in_pieces(backbone: Backbone, monkeypatch: pytest
         backbone.run(generate, branches, 32, image(backbone), Sampling(steps=4), SIMPLE, on_step=steps.append).ids
     )
     expected = run(whole)
-    monkeypatch.setattr(diffusion, "PREFILL", 64)
+    monkeypatch.setattr(denoising, "PREFILL", 64)
     pieces: list[Progress] = []
     assert run(pieces) == expected
     assert {p.phase for p in pieces} - {p.phase for p in whole} == {"reading the prompt"}

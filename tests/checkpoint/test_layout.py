@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from synthetic import BACKBONE, Sizes, tiny, write_backbone
 
 from llada2_mlx import tasks
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import Checkpoint, Part, resolve
-from llada2_mlx.diffusion import Method
+from llada2_mlx.backbone.denoising import Method
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.backbone.network import LLaDA2
+from llada2_mlx.backbone.weights import published_names
+from llada2_mlx.checkpoint.layout import Checkpoint, Part, resolve
 from llada2_mlx.errors import CheckpointError, RequestError
 from llada2_mlx.imaging import load_part
-from llada2_mlx.model import LLaDA2
 from llada2_mlx.progress import Progress
-from llada2_mlx.weights import published_names
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 

@@ -13,11 +13,14 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from .checkpoint import Checkpoint, Part
-from .config import PRECISIONS
+from ..checkpoint.config import PRECISIONS
+from ..checkpoint.layout import Checkpoint, Part
+from ..errors import RequestError
+from ..progress import OnStep, Progress, ignore
+from ..tokens import Tokens
+from ..worker import MLXWorker
 from .convert import convert, is_current, own_copy
-from .errors import RequestError
-from .model import LLaDA2
+from .network import LLaDA2
 from .precision import (
     BITS,
     check_block,
@@ -27,10 +30,7 @@ from .precision import (
     run_type,
     scheme,
 )
-from .progress import OnStep, Progress, ignore
-from .tokens import Tokens
 from .weights import check_backbone, load_backbone, stored_type
-from .worker import MLXWorker
 
 T = TypeVar("T")
 Steps = Generator[Progress, None, T]

@@ -21,8 +21,8 @@ from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
-from .errors import CheckpointError
-from .progress import OnStep, Progress, amount
+from ..errors import CheckpointError
+from ..progress import OnStep, Progress, amount
 
 RESERVE = 10**9  # bytes that a download leaves free on the disk
 _CONNECTIONS = 4

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .errors import CheckpointError
-from .vq import VQGrid
+from ..errors import CheckpointError
+from ..vq import VQGrid
 
 # The side of a square picture, in pixels, that a checkpoint draws when it does not state its own.
 DEFAULT_DRAWING = 1024

@@ -17,12 +17,12 @@ import mlx.core as mx
 from filelock import FileLock, Timeout
 from mlx.utils import tree_flatten
 
-from .checkpoint import INDEX, Checkpoint, Part, safetensors_header
-from .config import BackboneConfig
-from .errors import CheckpointError, LLaDA2Error, RequestError
-from .files import replacing
+from ..checkpoint.config import BackboneConfig
+from ..checkpoint.layout import INDEX, Checkpoint, Part, safetensors_header
+from ..errors import CheckpointError, LLaDA2Error, RequestError
+from ..files import replacing
+from ..progress import Progress, amount
 from .precision import GROUP_SIZE, Quantization, build, check_block, is_router, quantization_of, scheme
-from .progress import Progress, amount
 from .weights import Reader, check_backbone
 
 STATE = "conversion.json"  # in a copy: what it was made of, and how

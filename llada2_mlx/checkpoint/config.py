@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 PRECISIONS = ("auto", "float32", "bf16", "8bit", "6bit", "4bit")  # to choose from, see ``precision``
 

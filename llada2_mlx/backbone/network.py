@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from .config import BackboneConfig
+from ..checkpoint.config import BackboneConfig
 
 
 class LayerCache(Protocol):

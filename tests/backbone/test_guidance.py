@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from llada2_mlx.backbone import Backbone
+from llada2_mlx.backbone.guidance import Guidance
+from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.errors import RequestError
-from llada2_mlx.guidance import Guidance
 from llada2_mlx.progress import Progress
 
 

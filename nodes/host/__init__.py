@@ -20,17 +20,17 @@ from comfy.utils import ProgressBar
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..llada2_mlx import hub
-from ..llada2_mlx.checkpoint import BUILT_IN as BUILT_IN_FOLDER
-from ..llada2_mlx.checkpoint import HUB_MODEL, Checkpoint, Part, resolve
-from ..llada2_mlx.errors import CheckpointError, LLaDA2Error
-from ..llada2_mlx.progress import amount, ignore
-from ..llada2_mlx.vq import VQGrid, picture_seed
+from ...llada2_mlx.checkpoint import hub
+from ...llada2_mlx.checkpoint.layout import BUILT_IN as BUILT_IN_FOLDER
+from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint, Part, resolve
+from ...llada2_mlx.errors import CheckpointError, LLaDA2Error
+from ...llada2_mlx.progress import amount, ignore
+from ...llada2_mlx.vq import VQGrid, picture_seed
 
 if TYPE_CHECKING:
-    from ..llada2_mlx.backbone import Backbone
-    from ..llada2_mlx.progress import OnStep, Progress
-    from ..llada2_mlx.tokens import Tokens
+    from ...llada2_mlx.backbone.handle import Backbone
+    from ...llada2_mlx.progress import OnStep, Progress
+    from ...llada2_mlx.tokens import Tokens
 
 BUILT_IN = "Shapes (built in)"
 _FOLDER = "llada2"
@@ -50,7 +50,7 @@ def missing_packages() -> list[str]:
 
 def repair_hint() -> str:
     """How to install what is missing, into the Python that runs ComfyUI."""
-    return f'Run: "{sys.executable}" -m pip install -r "{Path(__file__).parent.parent / "requirements.txt"}" and restart ComfyUI.'
+    return f'Run: "{sys.executable}" -m pip install -r "{Path(__file__).parent.parent.parent / "requirements.txt"}" and restart ComfyUI.'
 
 
 def explains_imports(execute: Callable) -> Callable:
@@ -310,7 +310,7 @@ def backbone(model: str, precision: str) -> ManagedBackbone:
 
     Tells on the node why "auto" picked what it did.
     """
-    from ..llada2_mlx.backbone import Backbone
+    from ...llada2_mlx.backbone.handle import Backbone
 
     handle = Backbone(checkpoint(model, Part.BACKBONE), precision)
     tell(handle.reason)
@@ -323,7 +323,7 @@ def image_part(model: str, part: Part) -> ManagedPart:
     found = checkpoint(model, part)
 
     def load(device: torch.device, on_step: OnStep) -> Any:
-        from ..llada2_mlx.imaging import load_part
+        from ...llada2_mlx.imaging import load_part
 
         return load_part(found, part, device, on_step)
 

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from ..errors import CheckpointError
+from ..progress import OnStep, ignore
 from . import hub
 from .config import BackboneConfig
-from .errors import CheckpointError
-from .progress import OnStep, ignore
 from .sizes import ImageSizes
 
 HUB_MODEL = "inclusionAI/LLaDA2.0-Uni"
-BUILT_IN = Path(__file__).parent / "builtin/shapes"
+BUILT_IN = Path(__file__).parent.parent / "builtin/shapes"
 
 
 class Part(Enum):

@@ -7,12 +7,12 @@ from collections.abc import Generator
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from .checkpoint import Checkpoint, TensorInfo, check_tensors
-from .config import BackboneConfig
-from .errors import CheckpointError
-from .model import LLaDA2
+from ..checkpoint.config import BackboneConfig
+from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors
+from ..errors import CheckpointError
+from ..progress import Progress
+from .network import LLaDA2
 from .precision import Quantization, build, is_router, on_cpu, parameter_type
-from .progress import Progress
 
 EIGHT, SCALE, SIDE = "F8_E4M3", "_scale_inv", 128  # a float8 tensor NAME has NAME_scale_inv, a scale a 128 x 128 block
 STORED = ("BF16", "F16", "F32", EIGHT)

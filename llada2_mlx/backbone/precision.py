@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import BackboneConfig
-from .errors import CheckpointError, RequestError
-from .model import LLaDA2
+from ..checkpoint.config import BackboneConfig
+from ..errors import CheckpointError, RequestError
+from .network import LLaDA2
 
 Quantization = dict[
     str, Any

@@ -4,7 +4,7 @@ The sequence (prompt, then masks) is cut into blocks counted from position 0. A 
 block before it, none after. So a finished block never changes and its keys and values are final: they are
 kept, and a step runs the current block alone. ``Method`` has the slower ways to the same tokens.
 
-Every function here runs on the backbone's own thread (see ``backbone.py``).
+Every function here runs on the backbone's own thread (see ``handle.py``).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from enum import Enum
 import mlx.core as mx
 import numpy as np
 
-from .errors import LLaDA2Error, RequestError
+from ..errors import LLaDA2Error, RequestError
+from ..progress import Progress
 from .guidance import Guidance
-from .model import LLaDA2
-from .progress import Progress
+from .network import LLaDA2
 
 # Positions of prompt that go through the network in one pass before the first step.
 PREFILL = 1024

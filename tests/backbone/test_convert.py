@@ -20,14 +20,15 @@ from published import BACKBONE as PUBLISHED
 from safetensors.torch import load_file, save_file
 from synthetic import BACKBONE, Sizes, tiny, write_backbone
 
-from llada2_mlx import cli, precision, tasks
-from llada2_mlx.backbone import Backbone
-from llada2_mlx.checkpoint import Checkpoint, Part, safetensors_header
-from llada2_mlx.config import PRECISIONS
-from llada2_mlx.convert import STATE, convert, is_current, own_copy
+from llada2_mlx import cli, tasks
+from llada2_mlx.backbone import precision
+from llada2_mlx.backbone.convert import STATE, convert, is_current, own_copy
+from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.backbone.weights import SCALE, SIDE
+from llada2_mlx.checkpoint.config import PRECISIONS
+from llada2_mlx.checkpoint.layout import Checkpoint, Part, safetensors_header
 from llada2_mlx.errors import CheckpointError, LLaDA2Error, RequestError
 from llada2_mlx.progress import Progress, ignore
-from llada2_mlx.weights import SCALE, SIDE
 from llada2_mlx.worker import MLXWorker
 
 
@@ -230,8 +231,8 @@ def test_a_layer_that_was_cut_short_is_written_again(source: Checkpoint, tmp_pat
 FULL = """
 import resource, sys
 from pathlib import Path
-from llada2_mlx.checkpoint import Checkpoint
-from llada2_mlx.convert import convert
+from llada2_mlx.checkpoint.layout import Checkpoint
+from llada2_mlx.backbone.convert import convert
 from llada2_mlx.worker import MLXWorker
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))  # as a disk that is full after 50 kB of each file
@@ -265,8 +266,8 @@ def test_what_was_begun_of_another_source_is_not_taken(source: Checkpoint, tmp_p
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llada2_mlx.checkpoint import Checkpoint
-from llada2_mlx import convert
+from llada2_mlx.checkpoint.layout import Checkpoint
+from llada2_mlx.backbone import convert
 from llada2_mlx.worker import MLXWorker
 import mlx.core as mx
 

@@ -1,0 +1,1 @@
+"""The language model in MLX: token ids in, text or codes out."""
