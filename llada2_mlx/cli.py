@@ -22,8 +22,9 @@ from .vq import VQGrid
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .backbone.denoising import Report, Sampling
+    from .backbone.acceptance import Sampling
     from .backbone.handle import Backbone
+    from .backbone.session import Report
     from .imaging.decoder import DecodeOptions
 
 # the words of the command line for what the library calls so; the library itself is imported when it is needed
@@ -280,7 +281,7 @@ def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGri
 
 
 def _sampling(a: argparse.Namespace) -> Sampling:
-    from .backbone.denoising import Sampling
+    from .backbone.acceptance import Sampling
 
     return Sampling(**{field.name: getattr(a, field.name) for field in fields(Sampling)})
 

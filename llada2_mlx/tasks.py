@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import prompts
-from .backbone.denoising import Method, Report, Sampling, Vocabulary, check_length, generate
+from .backbone.acceptance import Sampling
+from .backbone.denoising import Draft, Method, Vocabulary, check_length, generate
 from .backbone.guidance import Guidance
 from .backbone.handle import Backbone
+from .backbone.session import Report
 from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
@@ -119,9 +121,9 @@ def understand(
         if on_text and progress.generated:
             on_text(readable(backbone, progress.generated[:max_new_tokens]))
 
-    vocabulary = Vocabulary(tokens.mask, end=tokens.end)
+    vocabulary = Vocabulary(tokens.mask, ends=frozenset({tokens.end}))
     options = {"sampling": sampling, "method": method, "on_step": step}
-    done = backbone.run(generate, request.branches, max_new_tokens, vocabulary, **options)
+    done = backbone.run(generate, Draft.blank(request.branches, max_new_tokens, tokens.mask), vocabulary, **options)
     return Answer(tokens.decode(done.ids), done.ids, done.report)
 
 
@@ -172,7 +174,8 @@ def _draw(
     length, offset = rows * columns, backbone.config.image_token_offset
     check_length(len(request.conditional), length, backbone.config.max_position_embeddings)
     vocabulary = Vocabulary(backbone.tokens.mask, first=offset)
+    draft = Draft.blank(request.branches, length, vocabulary.mask)
     options = {"sampling": sampling, "guidance": guidance, "method": method, "on_step": on_step}
-    done = backbone.run(generate, request.branches, length, vocabulary, **options)
+    done = backbone.run(generate, draft, vocabulary, **options)
     codes = [token - offset for token in done.ids]
     return Drawing(VQGrid.from_list(codes, rows, columns, backbone.config.codebook_size), done.report)

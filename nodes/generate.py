@@ -69,7 +69,7 @@ class LLaDA2TextToVQ(io.ComfyNode):
         cls, backbone, prompt, width, height, steps, guidance, seed, temperature, block_length, threshold, rescale
     ) -> io.NodeOutput:
         from ..llada2_mlx import tasks
-        from ..llada2_mlx.backbone.denoising import Sampling
+        from ..llada2_mlx.backbone.acceptance import Sampling
 
         prompts.require_text(prompt, "prompt")
         prompts.require_size(width, height)
@@ -152,7 +152,7 @@ class LLaDA2Edit(io.ComfyNode):
         rescale,
     ) -> io.NodeOutput:
         from ..llada2_mlx import tasks
-        from ..llada2_mlx.backbone.denoising import Sampling
+        from ..llada2_mlx.backbone.acceptance import Sampling
 
         prompts.require_text(instruction, "instruction")
         edited = []

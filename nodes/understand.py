@@ -59,7 +59,7 @@ class LLaDA2Understand(io.ComfyNode):
         cls, backbone, vq, question, steps, max_new_tokens, seed, temperature, block_length, threshold
     ) -> io.NodeOutput:
         from ..llada2_mlx import tasks
-        from ..llada2_mlx.backbone.denoising import Sampling
+        from ..llada2_mlx.backbone.acceptance import Sampling
 
         prompts.require_text(question, "question")
         answers = []

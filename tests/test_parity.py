@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from llada2_mlx import prompts, tasks
-from llada2_mlx.backbone.denoising import Sampling, Vocabulary, generate
+from llada2_mlx.backbone.acceptance import Sampling
+from llada2_mlx.backbone.denoising import Draft, Vocabulary, generate
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import Checkpoint, Part
@@ -146,8 +147,10 @@ def sampling(params: dict) -> Sampling:
 
 def test_text(backbone: Backbone, ids: dict, params: dict, generation_case: dict) -> None:
     prompt = generation_case["prompt_ids"]
-    vocabulary = Vocabulary(ids["mask"], end=params["eos_id"])
-    done = backbone.run(generate, (prompt,), params["gen_length"], vocabulary, sampling(params))
+    vocabulary = Vocabulary(ids["mask"], ends=frozenset({params["eos_id"]}))
+    done = backbone.run(
+        generate, Draft.blank((prompt,), params["gen_length"], ids["mask"]), vocabulary, sampling(params)
+    )
     assert prompt + done.ids == generation_case["expected"]["output_ids"]
 
 
@@ -162,7 +165,9 @@ def test_image(backbone: Backbone, ids: dict, params: dict, generation_case: dic
         names, guidance = ["prompt_ids"], Guidance()
     vocabulary = Vocabulary(ids["mask"], first=backbone.config.image_token_offset)
     branches = tuple(generation_case[name] for name in names)
-    done = backbone.run(generate, branches, params["gen_length"], vocabulary, sampling(params), guidance)
+    done = backbone.run(
+        generate, Draft.blank(branches, params["gen_length"], ids["mask"]), vocabulary, sampling(params), guidance
+    )
     assert generation_case["prompt_ids"] + done.ids == generation_case["expected"]["output_ids"]
 
 

@@ -6,7 +6,8 @@ import pytest
 from synthetic import tiny
 
 from llada2_mlx import tasks
-from llada2_mlx.backbone.denoising import Method, Sampling
+from llada2_mlx.backbone.acceptance import Sampling
+from llada2_mlx.backbone.denoising import Method
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.errors import RequestError

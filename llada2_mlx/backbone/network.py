@@ -179,13 +179,13 @@ class LLaDA2(nn.Module):
             x = layer(x, start, mask, cache[index] if cache is not None else None)
         return self.model.norm(x)
 
-    def logits(self, hidden: mx.array, first_row: int = 0) -> mx.array:
-        """Logits of the vocabulary from ``first_row`` on: [..., hidden] -> [..., vocabulary - first_row], float32."""
+    def logits(self, hidden: mx.array, rows: slice = slice(None)) -> mx.array:
+        """Logits of some rows of the vocabulary: [..., hidden] -> [..., rows], float32."""
         head = self.lm_head
         if "scales" not in head:
-            weight = head.weight[first_row:]
+            weight = head.weight[rows]
             return (hidden.astype(weight.dtype) @ weight.T).astype(mx.float32)
-        weight, *rest = (head[name][first_row:] for name in ("weight", "scales", "biases"))
+        weight, *rest = (head[name][rows] for name in ("weight", "scales", "biases"))
         hidden = hidden.astype(head.scales.dtype)
         bits = {"group_size": head.group_size, "bits": head.bits}
         return mx.quantized_matmul(hidden, weight, *rest, transpose=True, **bits).astype(mx.float32)

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from llada2_mlx.backbone import denoising
+from llada2_mlx.backbone.acceptance import ThresholdAcceptance
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.network import MLP, Attention, LLaDA2, Router
@@ -29,7 +30,7 @@ _PARTS = {
     "guidance and rescale": (Guidance, "combine"),
     "output head": (LLaDA2, "logits"),
     "candidates": (denoising, "candidates"),
-    "acceptance": (denoising, "accept"),
+    "acceptance": (ThresholdAcceptance, "__call__"),
 }
 
 

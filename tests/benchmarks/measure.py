@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llada2_mlx.backbone.denoising import Generation, Method, Sampling, Vocabulary, generate
+from llada2_mlx.backbone.acceptance import Sampling
+from llada2_mlx.backbone.denoising import Draft, Generation, Method, Vocabulary, generate
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.network import LLaDA2
@@ -90,9 +91,8 @@ def ours(request: Request, method: Method = Method.CACHED) -> Job:
     """The job that runs ``request`` the way that ``method`` says."""
 
     def job(network: LLaDA2) -> Generator[Progress, None, Generation]:
-        return generate(
-            network, request.branches, request.length, request.vocabulary, SAMPLING, request.guidance, method
-        )
+        draft = Draft.blank(request.branches, request.length, request.vocabulary.mask)
+        return generate(network, draft, request.vocabulary, SAMPLING, request.guidance, method)
 
     return job
 

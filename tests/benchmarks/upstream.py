@@ -16,8 +16,9 @@ from unittest import mock
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from llada2_mlx.backbone.denoising import Generation, Report
+from llada2_mlx.backbone.denoising import Generation
 from llada2_mlx.backbone.network import LLaDA2
+from llada2_mlx.backbone.session import Report
 from llada2_mlx.progress import Progress
 
 from .measure import SAMPLING, STEPS, Job, Request

@@ -86,7 +86,7 @@ class Rehearsal:
         tokens = backbone.tokens
         grid = VQGrid.from_list([37 * i % 16384 for i in range(2500)], 50, 50, 16384)
         make = lambda text: prompts.understand(tokens, grid, text).branches
-        self._block(backbone, make, PROMPT, Vocabulary(tokens.mask, 0, tokens.end), Guidance())
+        self._block(backbone, make, PROMPT, Vocabulary(tokens.mask, ends=frozenset({tokens.end})), Guidance())
 
     def parts(self) -> None:
         """write the image tokenizer, a decoder and the VAE, 15.3 GB"""
@@ -145,15 +145,16 @@ class Rehearsal:
 
     def _block(self, backbone, make, text, vocabulary, guidance) -> None:
         """The first block after a prompt, in 8 steps; the text is cut so that the prompt fills its own blocks."""
-        from llada2_mlx.backbone.denoising import Sampling, generate
+        from llada2_mlx.backbone.acceptance import Sampling
+        from llada2_mlx.backbone.denoising import Draft, generate
 
         while len(make(text)[0]) % BLOCK:
             text = text[:-1]  # the tokenizer written here knows bytes alone
         backbone.load()
         with self.timed("seconds"):
-            result = backbone.run(
-                generate, make(text), BLOCK, vocabulary, Sampling(steps=8, threshold=1.0, block_length=BLOCK), guidance
-            )
+            draft = Draft.blank(make(text), BLOCK, vocabulary.mask)
+            sampling = Sampling(steps=8, threshold=1.0, block_length=BLOCK)
+            result = backbone.run(generate, draft, vocabulary, sampling, guidance)
         report = result.report
         self.told |= {"prompt": len(make(text)[0]), "steps": report.steps, "positions": report.positions}
         assert (report.blocks, report.steps) == (1, 8)

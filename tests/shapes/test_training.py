@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from llada2_mlx import prompts
-from llada2_mlx.backbone import denoising
 from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.backbone.session import Session
 from llada2_mlx.checkpoint.layout import Checkpoint, Part
 from llada2_mlx.imaging import load_part
 from llada2_mlx.progress import Progress
@@ -233,7 +233,7 @@ def test_branches_begin_where_generation_lets_them_begin(curriculum) -> None:
         branches = curriculum._edit(example, rng)
         assert [sequence.branch for sequence in branches] in ([0, 1], [0, 1, 2])
         prompt = prompts.edit(tokens, backbone._grid(example.small), example.instruction)
-        _, first = denoising._layout(prompt.branches, len(prompt.conditional), tokens.mask)
+        first = Session.begin(prompt.branches, 32, None).begins
         for sequence, branch, begin in zip(branches, prompt.branches, first, strict=False):
             assert sequence.begin == sequence.positions[0] == begin
             clean = sequence.ids[: sequence.noisy.index(1)][: len(branch)]
