@@ -7,8 +7,9 @@ thread that used MLX has to clear its streams before it ends, or the process abo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Thread, current_thread
 from typing import Any, TypeVar
@@ -37,12 +38,13 @@ class MLXWorker:
         self._calls.put((future, function, args))
         return future.result()
 
-    def drive(self, steps: Generator[Progress, None, T], on_step: OnStep = ignore) -> T:
+    def drive(self, steps: Generator[Progress, None, T], on_step: OnStep = ignore, wired: int = 0) -> T:
         """Run a generator on the worker's thread, step by step; returns its return value.
 
         MLX's buffer cache is empty afterwards: what work leaves there is memory that others miss.
 
         Args:
+            wired: bytes that the work needs and that Metal shall keep in memory meanwhile, see ``wired_limit``.
             on_step: called after each step in the caller's thread; what it raises ends the work before the next one.
         """
 
@@ -52,15 +54,38 @@ class MLXWorker:
             except StopIteration as stop:
                 return None, stop.value
 
-        try:
-            while True:
-                progress, result = self.call(advance)
-                if progress is None:
-                    return result
-                on_step(progress)
-        finally:
-            self.call(steps.close)
-            self.call(mx.clear_cache)
+        with wired_limit(wired, self.call):
+            try:
+                while True:
+                    progress, result = self.call(advance)
+                    if progress is None:
+                        return result
+                    on_step(progress)
+            finally:
+                self.call(steps.close)
+                self.call(mx.clear_cache)
+
+
+@contextmanager
+def wired_limit(needed: int, call: Callable[..., Any]) -> Iterator[None]:
+    """Let Metal keep ``needed`` bytes in memory, at most what it recommends for this machine; restored at the end.
+
+    MLX's own limit is 0: nothing is kept by force, and near the machine's limit the system pages weights out between two
+    steps. Where there is no Metal, or nothing is needed, nothing is set.
+
+    Args:
+        call: calls a function on the thread that MLX runs on.
+    """
+    if not needed or not mx.metal.is_available():
+        yield
+        return
+    limit = min(needed, int(mx.device_info()["max_recommended_working_set_size"]))
+    before = call(mx.set_wired_limit, limit)
+    try:
+        yield
+    finally:
+        call(mx.synchronize)  # what still runs may use what is kept
+        call(mx.set_wired_limit, before)
 
 
 def _serve(calls: SimpleQueue) -> None:

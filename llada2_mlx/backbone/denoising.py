@@ -82,7 +82,7 @@ class Draft:
 
 @dataclass
 class Generation:
-    """The ids of the draft's body as they were written, the report, and the session, to be continued."""
+    """The ids of the draft's body as they were written, the report, and the session where it is kept."""
 
     ids: list[int]
     report: Report = field(default_factory=Report)
@@ -97,6 +97,7 @@ def generate(
     guidance: Guidance = Guidance(),
     method: Method = Method.CACHED,
     session: Session | None = None,
+    keep: bool = False,
 ) -> Generator[Progress, None, Generation]:
     """Denoise the masks of a draft.
 
@@ -104,12 +105,14 @@ def generate(
         session: what has been written before, of the same method; it is continued, and belongs to this call from now on
             (``fork`` it to keep it). None begins one with the draft's prompts, and leaves out branches that the guidance
             does not weigh; a session has only the branches that are weighed.
+        keep: whether a session that was begun here is handed back, to be continued. Else its keys and values are let go
+            on MLX's own thread, with the rest of the work.
 
     Yields:
         Progress after each step; the work happens between two values.
 
     Returns:
-        The body's ids, all of them or up to and with the first end; and the session, in which they are written.
+        The body's ids, all of them or up to and with the first end; and the session in which they are written, if kept.
 
     Raises:
         RequestError: the request is longer than the model's ``max_position_embeddings``.
@@ -117,6 +120,7 @@ def generate(
     """
     began = time.perf_counter()
     size, length = sampling.block_length, len(draft.body)
+    keep = keep or session is not None
     if session is None:
         guidance, branches = guidance.select(draft.branches)
         session = Session.begin(branches, size, len(model.model.layers) if method is Method.CACHED else None)
@@ -174,7 +178,7 @@ def generate(
     session.ids = np.array(tokens)[:, : prompt + len(ids)]
     session.trim(len(session))
     report.seconds = time.perf_counter() - began
-    return Generation(ids, report, session)
+    return Generation(ids, report, session if keep else None)
 
 
 def _blocks_to_write(done: np.ndarray, prompt: int, length: int, size: int, mask: int) -> list[int]:

@@ -23,6 +23,7 @@ from .convert import convert, is_current, own_copy
 from .network import LLaDA2
 from .precision import (
     BITS,
+    WORK_BYTES,
     check_block,
     choose,
     machine_bytes,
@@ -122,7 +123,7 @@ class Backbone:
             LLaDA2Error: as ``load``, and what the job raises.
         """
         network = self.load(on_step)
-        return self._worker.drive(job(network, *args, **options), on_step)
+        return self._worker.drive(job(network, *args, **options), on_step, wired=self.size + int(WORK_BYTES))
 
     def _read(self) -> Steps[LLaDA2]:
         """The network, from a converted copy where one is needed, which is made unless it is there."""

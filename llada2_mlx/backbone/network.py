@@ -186,7 +186,7 @@ class LLaDA2(nn.Module):
             weight = head.weight[rows]
             return (hidden.astype(weight.dtype) @ weight.T).astype(mx.float32)
         weight, *rest = (head[name][rows] for name in ("weight", "scales", "biases"))
-        hidden = hidden.astype(head.scales.dtype)
+        hidden = hidden.astype(mx.float32)  # in bf16 several rows would tie
         bits = {"group_size": head.group_size, "bits": head.bits}
         return mx.quantized_matmul(hidden, weight, *rest, transpose=True, **bits).astype(mx.float32)
 

@@ -33,7 +33,7 @@ def write(backbone: Backbone, image: Vocabulary):
 
     def write(branches, length: int, session: Session | None = None, guidance=Guidance(), **options) -> Generation:
         draft = Draft.blank(branches, length, backbone.tokens.mask)
-        return backbone.run(generate, draft, image, SAMPLING, guidance, session=session, **options)
+        return backbone.run(generate, draft, image, SAMPLING, guidance, session=session, keep=True, **options)
 
     return write
 
@@ -165,7 +165,7 @@ def test_kept_codes_are_seen_by_what_is_written(backbone: Backbone, image: Vocab
 def test_any_of_several_ends_ends_a_text(backbone: Backbone) -> None:
     mask = backbone.tokens.mask
     run = lambda ends: backbone.run(
-        generate, Draft.blank((ids(40),), 64, mask), Vocabulary(mask, ends=frozenset(ends)), SAMPLING
+        generate, Draft.blank((ids(40),), 64, mask), Vocabulary(mask, ends=frozenset(ends)), SAMPLING, keep=True
     )
     text = run(()).ids
     early, late = text[10], next(each for each in text[40:] if each not in text[:40])
