@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -89,17 +90,14 @@ class PrefixCache:
 
     def fork(self, rows: Sequence[int]) -> PrefixCache:
         """A cache of its own with some rows of what is there."""
-        if len(self._parts) > 1:  # rows count through all parts, and those are made one when they are written to
-            raise ValueError("a joined cache has to be continued before it is forked")
-        return PrefixCache(tuple(part._replace(rows=_chosen(part.rows, rows)) for part in self._parts), self.capacity)
+        places = [(part, row) for part in self._parts for row in part.rows or range(part.keys.shape[0])]
+        chosen = groupby((places[row] for row in rows if places), key=lambda place: id(place[0]))
+        parts = (list(run) for _, run in chosen)
+        return PrefixCache(tuple(run[0][0]._replace(rows=tuple(row for _, row in run)) for run in parts), self.capacity)
 
     def join(self, other: PrefixCache) -> PrefixCache:
         """A cache with the rows of both."""
         return PrefixCache(self._parts + other._parts, max(self.capacity, other.capacity))
-
-
-def _chosen(before: tuple[int, ...] | None, rows: Sequence[int]) -> tuple[int, ...]:
-    return tuple(rows) if before is None else tuple(before[row] for row in rows)
 
 
 @dataclass

@@ -97,6 +97,8 @@ def test_some_branches_of_a_session_and_joining_them_again(write) -> None:
     joined = write((more, more), 40, first.join(second), SIMPLE)
     apart = write((more, more), 40, both.session, SIMPLE)
     assert (joined.ids, joined.report.positions) == (apart.ids, apart.report.positions)
+    again = write((ids(8, 3),), 40, second.join(first).fork([1, 0]).join(first).fork([2]))
+    assert (again.ids, again.report.positions) == (alone.ids, alone.report.positions)
 
 
 def test_a_fresh_branch_joins_one_that_has_written(write, backbone: Backbone) -> None:
