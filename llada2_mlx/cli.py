@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .backbone.acceptance import Sampling
     from .backbone.handle import Backbone
     from .backbone.session import Report
-    from .imaging.decoder import DecodeOptions
+    from .imaging.flow import DecodeOptions
 
 # the words of the command line for what the library calls so; the library itself is imported when it is needed
 SAMPLERS = {"ode": "ODE", "published": "as published"}
@@ -272,7 +272,8 @@ def _decoder_parts(a: argparse.Namespace) -> tuple[Part, Part]:
 
 def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGrid) -> DecodeOptions:
     """The decoder's options, after all that can be checked before the work."""
-    from .imaging.decoder import DecodeOptions, Sampler, check_decode
+    from .imaging.flow import DecodeOptions, Sampler
+    from .imaging.transformer_torch import check_decode
 
     _device(a)
     check_decode(checkpoint, DECODERS[a.decoder][0], grids)

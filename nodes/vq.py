@@ -4,9 +4,11 @@ from comfy_api.latest import io
 
 from ..llada2_mlx.checkpoint.layout import Part
 from ..llada2_mlx.errors import RequestError
-from ..llada2_mlx.imaging.decoder import SOLVERS, VAE, DecodeOptions, Sampler, check_decode
+from ..llada2_mlx.imaging.flow import SOLVERS, DecodeOptions, Sampler
 from ..llada2_mlx.imaging.pixels import to_images
 from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, UNIT, Purpose, own_side, prepare, require_side, use_of
+from ..llada2_mlx.imaging.transformer_torch import check_decode
+from ..llada2_mlx.imaging.vae import VAE
 from . import host
 from .sockets import VQSocket, model_input, seed_input
 

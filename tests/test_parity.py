@@ -21,9 +21,11 @@ from llada2_mlx.backbone.denoising import Draft, Vocabulary, generate
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import Checkpoint, Part
-from llada2_mlx.imaging.decoder import VAE, DecodeOptions, Decoder, Sampler
+from llada2_mlx.imaging.flow import DecodeOptions, Sampler
 from llada2_mlx.imaging.prepare import Purpose, fit
 from llada2_mlx.imaging.tokenizer import ImageTokenizer
+from llada2_mlx.imaging.transformer_torch import Decoder
+from llada2_mlx.imaging.vae import VAE
 from llada2_mlx.progress import Progress
 from llada2_mlx.vq import VQGrid
 

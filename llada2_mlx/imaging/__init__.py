@@ -10,8 +10,9 @@ from ..progress import OnStep, ignore
 if TYPE_CHECKING:
     import torch
 
-    from .decoder import VAE, Decoder
     from .tokenizer import ImageTokenizer
+    from .transformer_torch import Decoder
+    from .vae import VAE
 
 
 def load_part(
@@ -26,8 +27,9 @@ def load_part(
     Raises:
         CheckpointError: the part is missing, damaged, or does not fit its config.
     """
-    from .decoder import VAE, Decoder
     from .tokenizer import ImageTokenizer
+    from .transformer_torch import Decoder
+    from .vae import VAE
 
     if part is Part.IMAGE_TOKENIZER:
         return ImageTokenizer(checkpoint, device, on_step)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 
-from ..checkpoint.layout import safetensors_header
+from ..checkpoint.layout import Checkpoint, safetensors_header
 from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
 
@@ -124,3 +124,8 @@ def build(make: Callable[[], T], config: Path) -> T:
         raise CheckpointError(
             f"{config} describes no network that can be built ({error}). Download it again."
         ) from error
+
+
+def read_config(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
+    """A diffusers config without the keys that are the library's own."""
+    return {key: value for key, value in checkpoint.json(f"{folder}/config.json").items() if not key.startswith("_")}

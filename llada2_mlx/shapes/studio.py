@@ -10,10 +10,12 @@ from .. import tasks
 from ..backbone.handle import Backbone
 from ..checkpoint.layout import BUILT_IN, Checkpoint, Part
 from ..imaging import load_part
-from ..imaging.decoder import VAE, DecodeOptions, Decoder
+from ..imaging.flow import DecodeOptions
 from ..imaging.pixels import to_images
 from ..imaging.prepare import Purpose
 from ..imaging.tokenizer import ImageTokenizer
+from ..imaging.transformer_torch import Decoder
+from ..imaging.vae import VAE
 from ..vq import VQGrid
 
 

@@ -12,17 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llada2_mlx.checkpoint.layout import Checkpoint, Part
 from llada2_mlx.errors import RequestError
-from llada2_mlx.imaging import decoder as module
-from llada2_mlx.imaging.decoder import (
-    FIXED_SOLVERS,
-    SOLVERS,
-    VAE,
-    DecodeOptions,
-    Decoder,
-    Sampler,
-    guide,
-    ode_times,
-)
+from llada2_mlx.imaging import flow
+from llada2_mlx.imaging.flow import FIXED_SOLVERS, SOLVERS, DecodeOptions, Sampler, guide, ode_times
+from llada2_mlx.imaging.transformer_torch import Decoder
+from llada2_mlx.imaging.vae import VAE
 from llada2_mlx.progress import Progress
 from llada2_mlx.vq import VQGrid
 
@@ -166,7 +159,7 @@ class Doubles(TorchDispatchMode):
 def test_no_double_precision_where_the_device_has_none(
     decoder: Decoder, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "has_float64", lambda device: False)
+    monkeypatch.setattr(flow, "has_float64", lambda device: False)
     options = replace(OPTIONS, guidance=0.0, **options)
     decoder.sample([grid()], OPTIONS)  # diffusers makes its rotary table once, in double precision on the CPU
     with Doubles() as doubles:

@@ -110,7 +110,7 @@ class Rehearsal:
     def decode(self) -> None:
         """two decoder steps at 512 x 512, without guidance"""
         from llada2_mlx.checkpoint.layout import Part
-        from llada2_mlx.imaging.decoder import DecodeOptions
+        from llada2_mlx.imaging.flow import DecodeOptions
         from llada2_mlx.vq import VQGrid
 
         decoder = self._part(Part.DECODER_TURBO)

@@ -18,7 +18,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from ...imaging.decoder import FEATURE_UPSAMPLING, DecodeOptions, SigVQPrior, ode_times, shifted, upsampled
+from ...imaging.flow import DecodeOptions, ode_times, shifted
+from ...imaging.prior import FEATURE_UPSAMPLING, SigVQPrior, upsampled
 from .loop import Schedule
 from .tokenizer import CODES
 

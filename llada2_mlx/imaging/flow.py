@@ -1,0 +1,124 @@
+"""Flow matching: a velocity becomes a latent. Times, samplers, solvers and guidance; no network is known here.
+
+Time runs from 0 (noise) to 1 (picture); the velocity is ``dx/dt``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from ..errors import RequestError
+from ..progress import OnStep, Progress
+from .device import has_float64
+
+# torchdiffeq's methods; a fixed-step one calls the network so often for each interval. Its Adams methods assume even
+# steps, and the time grid is shifted: they diverge.
+FIXED_SOLVERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+ADAPTIVE_SOLVERS = ("dopri5", "bosh3", "adaptive_heun")
+SOLVERS = (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS)
+
+
+class Sampler(Enum):
+    """How noise becomes a latent; the value is what a person calls it."""
+
+    ODE = "ODE"  # the probability-flow ODE over a shifted time grid
+    RENOISE = "as published"  # fresh noise at every step, the way the turbo decoder was published
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How to decode.
+
+    Args:
+        steps: points of the time grid. The ODE has one interval fewer, so Euler calls the network ``steps - 1`` times.
+        guidance: 0 for none (one network call instead of two), 1 as published for the full decoder.
+        seed: of the noise, in 0 .. 2^64 - 1; drawn on the CPU, so that one seed gives one picture on every device.
+        upscale: side of the picture over that of the tokenizer's, 1 or 2.
+        sampler: the ODE, or the way the turbo decoder was published.
+        solver: one of ``SOLVERS``, for the ODE.
+        time_shift: how far the ODE's time grid is moved towards the noise; 1 leaves it even.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+
+    steps: int = 50
+    guidance: float = 1.0
+    seed: int = 0
+    upscale: int = 2
+    sampler: Sampler = Sampler.ODE
+    solver: str = "euler"
+    time_shift: float = 6.0
+
+    def __post_init__(self) -> None:
+        least = 2 if self.sampler is Sampler.ODE else 1
+        if not least <= self.steps <= 1000:
+            raise RequestError(f"steps is {self.steps}; it has to be from {least} to 1000.")
+        if not 0 <= self.guidance <= 100:
+            raise RequestError(f"guidance is {self.guidance}; it has to be from 0 (none) to 100.")
+        if self.upscale not in (1, 2):
+            raise RequestError(f"upscale is {self.upscale}; it has to be 1 or 2.")
+        if self.solver not in SOLVERS:
+            raise RequestError(f"There is no solver {self.solver!r}; there are {', '.join(SOLVERS)}.")
+        if not 1 <= self.time_shift <= 100:
+            raise RequestError(f"time shift is {self.time_shift}; it has to be from 1 to 100.")
+        if not 0 <= self.seed < 2**64:
+            raise RequestError(f"The seed is {self.seed}; it has to be from 0 to {2**64 - 1}.")
+
+
+def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    """``p + scale (p - n)``, scaled down to the norm of ``p`` if longer. One picture, any shape."""
+    guided = positive + scale * (positive - negative)
+    return guided * (positive.norm() / guided.norm().clamp_min(1e-12)).clamp_max(1)
+
+
+def shifted(time: torch.Tensor, shift: float) -> torch.Tensor:
+    """Times in 0 .. 1, moved towards the noise."""
+    return time / (time + shift - shift * time)
+
+
+def ode_times(steps: int, shift: float, device: torch.device) -> torch.Tensor:
+    """The ODE's time grid: ``steps`` points from 0 to 1, shifted towards the noise."""
+    return shifted(torch.linspace(0, 1, steps, device=device), shift)
+
+
+def integrate(velocity: Callable, noise: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:
+    """Solve ``dx/dt = velocity(t, x)`` from 0 to 1 with torchdiffeq."""
+    from torchdiffeq import odeint
+
+    adaptive, calls = options.solver in ADAPTIVE_SOLVERS, 0
+
+    def counted(time: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        result = velocity(time, latent)
+        calls += 1
+        if adaptive:  # nobody knows how many calls it will take, only how far it is
+            on_step(Progress("decoding", round(100 * min(time.item(), 1)), 100))
+        else:
+            on_step(Progress("decoding", calls, (options.steps - 1) * FIXED_SOLVERS[options.solver]))
+        return result
+
+    tolerance = {"options": {"dtype": torch.float32}, "rtol": 1e-3, "atol": 1e-4} if adaptive else {}
+    times = ode_times(options.steps, options.time_shift, noise.device)
+    return odeint(counted, noise, times, method=options.solver, **tolerance)[-1]
+
+
+def renoise(
+    velocity: Callable, noise: torch.Tensor, steps: int, generator: torch.Generator, on_step: OnStep
+) -> torch.Tensor:
+    """The published turbo sampler: predict the picture, then go back to the next time with fresh noise.
+
+    The noise is drawn in float64, on the CPU; so is the arithmetic where the device has float64.
+    """
+    dtype = torch.float64 if has_float64(noise.device) else torch.float32
+    latent, times = noise.to(dtype), torch.linspace(0, 1, steps + 1).tolist()
+    for step, (time, following) in enumerate(zip(times, times[1:]), 1):
+        picture = latent + (1 - time) * velocity(time, latent).to(dtype)
+        fresh = torch.randn(noise.shape, generator=generator, dtype=torch.float64).to(dtype).to(noise.device)
+        latent = following * picture + (1 - following) * fresh
+        on_step(Progress("decoding", step, steps))
+    return latent
