@@ -156,7 +156,9 @@ class ZImageDecode(io.ComfyNode):
         check_decode(checkpoint, part, vq)
         host.warn(checkpoint.image_sizes.doubt_grid("drawing", vq[0]))
         on_step = host.progress()
-        latents = host.image_part(model, part).get(on_step).sample(vq, options, on_step)
+        decoder = host.image_part(model, part)
+        working = decoder.get(on_step).working_bytes(vq[0], upscale)
+        latents = decoder.get(on_step, working).sample(vq, options, on_step)
         vae = host.image_part(model, Part.VAE).get(on_step, VAE.working_bytes(latents))
         return io.NodeOutput(vae.decode(latents, on_step))
 

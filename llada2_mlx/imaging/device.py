@@ -28,6 +28,12 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until an MPS device has done what it was given; other devices are not waited for."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+
+
 def read_tensors(
     path: Path, device: torch.device, dtype: torch.dtype | None = None, on_step: OnStep = ignore
 ) -> dict[str, torch.Tensor]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 
-from ..errors import RequestError
+from ..errors import LLaDA2Error, RequestError
 from ..progress import OnStep, Progress
 from .device import has_float64
 
@@ -69,6 +70,13 @@ class DecodeOptions:
         if not 0 <= self.seed < 2**64:
             raise RequestError(f"The seed is {self.seed}; it has to be from 0 to {2**64 - 1}.")
 
+    @property
+    def calls(self) -> int | None:
+        """How often the velocity is computed; None where the solver decides that itself."""
+        if self.sampler is Sampler.RENOISE:
+            return self.steps
+        return (self.steps - 1) * FIXED_SOLVERS[self.solver] if self.solver in FIXED_SOLVERS else None
+
 
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
     """``p + scale (p - n)``, scaled down to the norm of ``p`` if longer. One picture, any shape."""
@@ -86,39 +94,96 @@ def ode_times(steps: int, shift: float, device: torch.device) -> torch.Tensor:
     return shifted(torch.linspace(0, 1, steps, device=device), shift)
 
 
-def integrate(velocity: Callable, noise: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:
+class Velocity(Protocol):
+    """What a network predicts, whatever it runs in.
+
+    ``pieces`` is how often a call tells how far it is.
+    """
+
+    pieces: int
+
+    def __call__(self, time: torch.Tensor | float, latent: torch.Tensor, tell: Callable[[], None]) -> torch.Tensor:
+        """The velocity at a time and a latent, float32 in the latent's shape; ``tell()`` is called within it."""
+        ...
+
+
+class Guided:
+    """A velocity that is guided away from another; the two are computed one after the other, see ``guide``."""
+
+    def __init__(self, positive: Velocity, negative: Velocity, scale: float):
+        self.positive, self.negative, self.scale = positive, negative, scale
+        self.pieces = positive.pieces + negative.pieces
+
+    def __call__(self, time: torch.Tensor | float, latent: torch.Tensor, tell: Callable[[], None]) -> torch.Tensor:
+        return guide(self.positive(time, latent, tell), self.negative(time, latent, tell), self.scale)
+
+
+def solve(
+    velocity: Velocity, noise: torch.Tensor, options: DecodeOptions, generator: torch.Generator, on_step: OnStep
+) -> torch.Tensor:
+    """From noise to a latent, the way that ``options`` say.
+
+    Args:
+        noise: the start, float32 [channels, 1, height, width].
+        generator: has drawn ``noise``, and draws what the sampler needs more.
+        on_step: called several times in a network call; what it raises ends the work.
+
+    Raises:
+        LLaDA2Error: the velocity is not finite.
+    """
+    calls = _Calls(velocity, options, on_step)
+    if options.sampler is Sampler.ODE:
+        return _integrate(calls, noise, options)
+    return _renoise(calls, noise, options.steps, generator)
+
+
+class _Calls:
+    """A velocity whose calls are counted, told and checked."""
+
+    def __init__(self, velocity: Velocity, options: DecodeOptions, on_step: OnStep):
+        self.velocity, self.on_step = velocity, on_step
+        self.calls, self.told, self.time = 0, 0, 0.0
+        self.total = options.calls * velocity.pieces if options.calls else None
+
+    def __call__(self, time: torch.Tensor | float, latent: torch.Tensor) -> torch.Tensor:
+        self.time = float(time)
+        result = self.velocity(time, latent, self._tell)
+        self.calls += 1
+        if not torch.isfinite(result).all():
+            raise LLaDA2Error(
+                f"The decoder gave values that are not finite (NaN or infinity) in network call {self.calls}, so there is no "
+                "picture. Try the other decoder or a smaller picture; on a Mac, PyTorch 2.13 or later. If it stays, download "
+                "the decoder again."
+            )
+        return result
+
+    def _tell(self) -> None:
+        self.told += 1
+        if self.total is None:  # nobody knows how many calls it will take, only how far it is
+            self.on_step(Progress("decoding", round(100 * min(self.time, 1)), 100))
+        else:
+            self.on_step(Progress("decoding", self.told, self.total))
+
+
+def _integrate(velocity: _Calls, noise: torch.Tensor, options: DecodeOptions) -> torch.Tensor:
     """Solve ``dx/dt = velocity(t, x)`` from 0 to 1 with torchdiffeq."""
     from torchdiffeq import odeint
 
-    adaptive, calls = options.solver in ADAPTIVE_SOLVERS, 0
-
-    def counted(time: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        result = velocity(time, latent)
-        calls += 1
-        if adaptive:  # nobody knows how many calls it will take, only how far it is
-            on_step(Progress("decoding", round(100 * min(time.item(), 1)), 100))
-        else:
-            on_step(Progress("decoding", calls, (options.steps - 1) * FIXED_SOLVERS[options.solver]))
-        return result
-
+    adaptive = options.solver in ADAPTIVE_SOLVERS
     tolerance = {"options": {"dtype": torch.float32}, "rtol": 1e-3, "atol": 1e-4} if adaptive else {}
     times = ode_times(options.steps, options.time_shift, noise.device)
-    return odeint(counted, noise, times, method=options.solver, **tolerance)[-1]
+    return odeint(velocity, noise, times, method=options.solver, **tolerance)[-1]
 
 
-def renoise(
-    velocity: Callable, noise: torch.Tensor, steps: int, generator: torch.Generator, on_step: OnStep
-) -> torch.Tensor:
+def _renoise(velocity: _Calls, noise: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
     """The published turbo sampler: predict the picture, then go back to the next time with fresh noise.
 
     The noise is drawn in float64, on the CPU; so is the arithmetic where the device has float64.
     """
     dtype = torch.float64 if has_float64(noise.device) else torch.float32
     latent, times = noise.to(dtype), torch.linspace(0, 1, steps + 1).tolist()
-    for step, (time, following) in enumerate(zip(times, times[1:]), 1):
+    for time, following in zip(times, times[1:]):
         picture = latent + (1 - time) * velocity(time, latent).to(dtype)
         fresh = torch.randn(noise.shape, generator=generator, dtype=torch.float64).to(dtype).to(noise.device)
         latent = following * picture + (1 - following) * fresh
-        on_step(Progress("decoding", step, steps))
     return latent

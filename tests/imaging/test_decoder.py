@@ -11,7 +11,7 @@ from synthetic import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llada2_mlx.checkpoint.layout import Checkpoint, Part
-from llada2_mlx.errors import RequestError
+from llada2_mlx.errors import LLaDA2Error, RequestError
 from llada2_mlx.imaging import flow
 from llada2_mlx.imaging.flow import FIXED_SOLVERS, SOLVERS, DecodeOptions, Sampler, guide, ode_times
 from llada2_mlx.imaging.transformer_torch import Decoder
@@ -21,6 +21,7 @@ from llada2_mlx.vq import VQGrid
 
 CPU = torch.device("cpu")
 OPTIONS = DecodeOptions(steps=3, upscale=1)
+LAYERS = 2  # of the tiny decoder, that see the latent
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_every_solver_goes_to_the_same_picture(decoder: Decoder, solver: str) ->
     latents = decoder.sample([grid()], options, calls.append)
     assert (latents - fine).norm() < 0.12 * fine.norm()
     if solver in FIXED_SOLVERS:
-        assert len(calls) == 11 * FIXED_SOLVERS[solver] == calls[-1].total
+        assert len(calls) == 11 * FIXED_SOLVERS[solver] * LAYERS == calls[-1].total
     else:
         assert len(calls) >= 11 and calls[0].done < calls[-1].done == calls[-1].total
 
@@ -97,7 +98,7 @@ def test_without_guidance_the_network_sees_one_conditioning(decoder: Decoder, mo
     )
     decoder.sample([grid()], replace(OPTIONS, guidance=0.0))
     decoder.sample([grid()], OPTIONS)
-    assert sizes == [1, 1, 2, 2]
+    assert sizes == [1] * 2 + [1] * 4  # the branches of guidance run one after the other
 
 
 def test_a_step_that_raises_ends_the_work(decoder: Decoder) -> None:
@@ -174,4 +175,50 @@ def test_no_double_precision_where_the_device_has_none(
 def test_the_published_sampler_calls_the_network_once_a_step(decoder: Decoder) -> None:
     calls = []
     decoder.sample([grid()], replace(OPTIONS, steps=4, sampler=Sampler.RENOISE), calls.append)
-    assert [call.done for call in calls] == [1, 2, 3, 4]
+    assert [call.done for call in calls] == [*range(1, 2 * 4 * LAYERS + 1)]  # both branches
+
+
+def test_the_context_refiner_runs_once_a_picture_and_branch(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    handle = decoder.transformer.context_refiner[0].layers[0].register_forward_hook(lambda *_: runs.append(1))
+    both = decoder.sample([grid(), grid()], replace(OPTIONS, steps=5))
+    handle.remove()
+    assert len(runs) == 2 * 2
+    assert torch.equal(decoder.sample([grid()], replace(OPTIONS, steps=5))[0], both[0])
+
+
+def test_no_hook_is_left_when_the_work_is_ended_inside_a_call(decoder: Decoder) -> None:
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(progress: Progress) -> None:
+        if progress.done == 3:
+            raise Cancelled
+
+    expected = decoder.sample([grid()], OPTIONS)
+    with pytest.raises(Cancelled):
+        decoder.sample([grid()], OPTIONS, cancel)
+    layers = [*decoder.transformer.noise_refiner, *decoder.transformer.layers]
+    assert not any(layer._forward_hooks for layer in layers)
+    assert torch.equal(decoder.sample([grid()], OPTIONS), expected)
+
+
+def test_latents_can_be_used_with_autograd(decoder: Decoder) -> None:
+    latents = decoder.sample([grid()], OPTIONS)
+    assert not latents.is_inference() and not decoder.features(grid()).is_inference()
+    (latents * torch.ones(1, requires_grad=True)).sum().backward()
+
+
+def test_a_decoder_that_gives_nothing_finite_is_said_in_its_first_call() -> None:
+    broken, steps = Decoder(Checkpoint(tiny()), Part.DECODER, CPU), []
+    next(iter(broken.transformer.layers[0].parameters())).data.fill_(float("nan"))
+    for solver in ("euler", "dopri5"):
+        with pytest.raises(LLaDA2Error, match="decoder gave values that are not finite .* network call 1"):
+            broken.sample([grid()], replace(OPTIONS, solver=solver), steps.append)
+
+
+def test_a_prior_that_gives_nothing_finite_is_said() -> None:
+    broken = Decoder(Checkpoint(tiny()), Part.DECODER, CPU)
+    broken.prior.prior_token_embedding.weight.data.fill_(float("inf"))
+    with pytest.raises(LLaDA2Error, match="prior gave values that are not finite"):
+        broken.sample([grid()], OPTIONS)
