@@ -5,14 +5,19 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 
-.PHONY: demo test shapes evaluate benchmarks lint clean
+.PHONY: demo test test-lowest shapes evaluate benchmarks lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/llada2-mlx demo demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# The tests with the lowest versions that pyproject.toml allows; some of them with ARGS="tests/test_tokens.py".
+test-lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/python -m pytest $(ARGS)
 
 # Trains the built-in model from scratch; stopped anywhere, the next call goes on.
 shapes: $(VENV)/.ready
@@ -36,5 +41,15 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
+# Every bound of pyproject.toml, as the version to install; PyTorch is what TORCH says.
+$(LOWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet "$(TORCH)"
+	$(LOWEST)/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	    print(*(d.replace(">=", "==") for d in p["dependencies"] + p["optional-dependencies"]["test"] \
+	    if not d.startswith("torch>")), sep="\n")' > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/lowest.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build demo *.egg-info
+	rm -rf $(VENV) $(LOWEST) build demo *.egg-info

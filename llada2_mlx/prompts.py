@@ -5,6 +5,7 @@ Each piece is tokenised alone and the ids are joined. ``<uncondition>`` is plain
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 
 from .errors import RequestError
@@ -16,6 +17,13 @@ _ASSISTANT = "<role>ASSISTANT</role>"
 _DRAW = f"<role>SYSTEM</role> You are a text-to-image generation assistant. {_HUMAN}"
 _EDIT = f"<role>SYSTEM</role> You are an image editing assistant. {_HUMAN}"
 _UNCONDITION = "<uncondition>"
+
+# What shows nothing, beside spaces and control characters: soft hyphen, joiners, zero widths, directions, byte order
+# mark, fillers. Not what ends an emoji: variation selectors, tags.
+_UNSEEN = frozenset(
+    "\u00ad\u034f\u061c\u115f\u1160\u180e\u2800\u3164\ufeff\uffa0"
+    + "".join(map(chr, (*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070))))
+)
 
 # Sides in pixels at which every model has size tokens (8 to 254 codes, even).
 SMALLEST_SIDE, LARGEST_SIDE, SIDE_STEP = 256, 8128, 64
@@ -35,13 +43,13 @@ class Prompt:
 def text_to_image(tokens: Tokens, prompt: str, height: int, width: int) -> Prompt:
     """Branches: conditional, unconditional. ``height`` and ``width`` are the grid's, in codes."""
     header = tokens.header(height, width)
-    ask = lambda text: [*tokens.encode(_DRAW), *tokens.encode(text), *tokens.encode(_ASSISTANT), *header]
+    ask = lambda text: [*tokens.encode(_DRAW), *written(tokens, text), *tokens.encode(_ASSISTANT), *header]
     return Prompt((ask(prompt), ask(_UNCONDITION)))
 
 
 def understand(tokens: Tokens, grid: VQGrid, question: str) -> Prompt:
     """One branch: the picture, then the question; no system text and no roles."""
-    return Prompt(([*_picture(tokens, grid), *tokens.encode(question)],))
+    return Prompt(([*_picture(tokens, grid), *written(tokens, question)],))
 
 
 def edit(tokens: Tokens, grid: VQGrid, instruction: str) -> Prompt:
@@ -50,20 +58,31 @@ def edit(tokens: Tokens, grid: VQGrid, instruction: str) -> Prompt:
     ask = lambda source, text: [
         *tokens.encode(_EDIT),
         *source,
-        *tokens.encode(text),
+        *written(tokens, text),
         *tokens.encode(_ASSISTANT),
         *header,
     ]
     return Prompt((ask(picture, instruction), ask(picture, _UNCONDITION), ask([tokens.image], instruction)))
 
 
+def written(tokens: Tokens, text: str) -> list[int]:
+    """Ids of what a user wrote, without what is unseen at its ends. Every text of a user goes through here."""
+    return tokens.encode_text(trim(text))
+
+
+def trim(text: str) -> str:
+    """``text`` without spaces, line ends and other unseen characters at its ends: they would change the answer."""
+    seen = [index for index, character in enumerate(text) if not _unseen(character)]
+    return text[seen[0] : seen[-1] + 1] if seen else ""
+
+
 def require_text(text: str, what: str) -> str:
-    """``text``, unless there is nothing in it.
+    """``text`` without what is unseen at its ends, unless nothing is left.
 
     Raises:
         RequestError: the text is empty or blank.
     """
-    if not text.strip():
+    if not (text := trim(text)):
         raise RequestError(f"The {what} is empty. Write what you want.")
     return text
 
@@ -80,6 +99,10 @@ def require_size(width: int, height: int) -> None:
                 f"The {name} is {side}; it has to be 0 (the model's own size) or a multiple of {SIDE_STEP} "
                 f"from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels."
             )
+
+
+def _unseen(character: str) -> bool:
+    return character.isspace() or character in _UNSEEN or unicodedata.category(character) == "Cc"
 
 
 def _picture(tokens: Tokens, grid: VQGrid) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 from . import prompts
 from .backbone.acceptance import Sampling
@@ -14,7 +15,11 @@ from .backbone.session import Report
 from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
+from .tokens import Tokens
 from .vq import VQGrid
+
+# What bytes that are no whole character are read as.
+HALF = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def understand(
     vocabulary = Vocabulary(tokens.mask, ends=frozenset({tokens.end}))
     options = {"sampling": sampling, "method": method, "on_step": step}
     done = backbone.run(generate, Draft.blank(request.branches, max_new_tokens, tokens.mask), vocabulary, **options)
-    return Answer(tokens.decode(done.ids), done.ids, done.report)
+    return Answer(_whole(tokens, done.ids), done.ids, done.report)
 
 
 def grid_size(backbone: Backbone, width: int, height: int) -> tuple[int, int]:
@@ -145,20 +150,31 @@ def grid_size(backbone: Backbone, width: int, height: int) -> tuple[int, int]:
 
 
 def readable(backbone: Backbone, ids: tuple[int, ...]) -> str:
-    """The text of an answer that is still being denoised, up to its end token."""
-    tokens, pieces, run = backbone.tokens, [], []
-    for token in (*ids, tokens.end):
-        if token not in (tokens.mask, tokens.end):
-            run.append(token)
-            continue
-        if run:
-            pieces.append(tokens.decode(run))
-            run = []
-        if token == tokens.end:
-            break
-        if not pieces or pieces[-1] != "…":
-            pieces.append("…")
-    return "".join(pieces)
+    """The text of an answer that is still being denoised, up to its end token.
+
+    A character may be several tokens. What of one is there, next to a mask or to the end of ``ids``, is not shown.
+    """
+    tokens, pieces = backbone.tokens, []
+    ended = tokens.end in ids
+    known = ids[: ids.index(tokens.end)] if ended else ids
+    runs = [(masked, list(run)) for masked, run in groupby(known, tokens.mask.__eq__)]
+    for index, (masked, run) in enumerate(runs):
+        last = index == len(runs) - 1
+        text = _whole(tokens, run) if last and not ended else tokens.decode(run)
+        text = text if last else text.rstrip(HALF)
+        text = text.lstrip(HALF) if index else text
+        if masked and pieces[-1:] != [None]:
+            pieces.append(None)
+        elif text:
+            pieces.append(text)
+    return "".join("…" if piece is None else piece for piece in pieces)
+
+
+def _whole(tokens: Tokens, ids: list[int]) -> str:
+    """The text of ``ids``, without the part of a character that they may end with where they are cut."""
+    text = tokens.decode(ids)
+    # an end token, or another that is no text, says that what stands before it was not cut
+    return text.rstrip(HALF) if tokens.decode(ids[-1:]) else text
 
 
 def _draw(

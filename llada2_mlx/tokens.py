@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .checkpoint.layout import Checkpoint
 from .errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _NEEDED = ("<|endoftext|>", "<|mask|>", "<|image|>", "<|/image|>", "<boi>", "<role>", "</role>")
 
@@ -52,16 +58,42 @@ class Tokens:
         self.boi = self._vocabulary["<boi>"]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one piece of text, with nothing added around it.
+        """Ids of one piece of our own text, in which ``<role>`` and the like are tokens; nothing is added around it.
 
         Raises:
             RequestError: the text is not valid Unicode.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"The text cannot be read: {error.reason} at character {error.start}.") from None
+        _require_unicode(text)
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of what a user wrote. All of it is text: no id is a special token, an added one or an image code.
+
+        Raises:
+            RequestError: the text is not valid Unicode.
+        """
+        _require_unicode(text)
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The same tokenizer without its added tokens, so that nothing a user writes, in any spelling, is one."""
+        from tokenizers import Tokenizer
+
+        content = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        added = content["added_tokens"]
+        content |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        # a vocabulary may hold an added token as a word of its own too
+        numbers, words = {token["id"] for token in added}, {token["content"] for token in added}
+        model = content["model"]
+        if isinstance(model["vocab"], dict):
+            forbidden = {
+                word
+                for word, number in model["vocab"].items()
+                if word in words or number in numbers or number >= self.image_offset
+            }
+            _forget(model, forbidden)
+        return Tokenizer.from_str(json.dumps(content))
 
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids``; special tokens and image codes are left out."""
@@ -92,6 +124,28 @@ class Tokens:
     def codes_to_ids(self, codes: list[int]) -> list[int]:
         """Token ids of image codes."""
         return [self.image_offset + code for code in codes]
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"The text cannot be read: {error.reason} at character {error.start}.") from None
+
+
+def _forget(model: dict, words: Collection[str]) -> None:
+    """Take ``words`` out of a BPE model, and every merge that needs or makes one.
+
+    A single character stays, and so does the word for what is unknown: without them text would be lost.
+    """
+    kept = lambda word: word not in words or len(word) == 1 or word == model.get("unk_token")
+    pair = lambda merge: merge.split(" ") if isinstance(merge, str) else merge
+    model["merges"] = [
+        merge
+        for merge in model.get("merges") or []
+        if all(part not in words or len(part) == 1 for part in (*pair(merge), "".join(pair(merge))))
+    ]
+    model["vocab"] = {word: number for word, number in model["vocab"].items() if kept(word)}
 
 
 def _stated_tokens(checkpoint: Checkpoint) -> dict[str, int]:

@@ -7,7 +7,7 @@ from synthetic import tiny
 
 from llada2_mlx import tasks
 from llada2_mlx.backbone.acceptance import Sampling
-from llada2_mlx.backbone.denoising import Method
+from llada2_mlx.backbone.denoising import Generation, Method
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.errors import RequestError
@@ -88,6 +88,41 @@ def test_a_text_that_is_not_whole_yet(backbone: Backbone) -> None:
     assert tasks.readable(backbone, (*a, *hole, *b, *hole)) == "one …two…"
     assert tasks.readable(backbone, (*a, tokens.end, *b)) == "one "
     assert tasks.readable(backbone, tuple(hole)) == "…"
+
+
+@pytest.mark.parametrize("text", ["猫", "🦊", "é", "a🦊b", "猫犬"])
+def test_no_half_character_is_shown(backbone: Backbone, text: str) -> None:
+    tokens = backbone.tokens
+    ids, hole = tokens.encode(text), [tokens.mask]
+    for cut in range(1, len(ids)):
+        parts = (ids[:cut], ids[cut:])
+        for shown in (
+            (*parts[0], *hole),
+            (*hole, *parts[1], tokens.end),
+            (*parts[0], *hole, *parts[1]),
+            (*hole, *parts[0], *hole, *hole, *parts[1], *hole),
+            tuple(parts[0]),
+        ):
+            assert "\ufffd" not in (said := tasks.readable(backbone, shown)) and "……" not in said
+    assert tasks.readable(backbone, (*ids, *hole)) == text + "…"
+    assert tasks.readable(backbone, (*ids, tokens.end)) == text
+
+
+def test_what_is_not_half_is_shown(backbone: Backbone) -> None:
+    tokens, text = backbone.tokens, "a \ufffd b…"
+    ids = tokens.encode(text)
+    assert tasks.readable(backbone, (tokens.mask, *ids)) == "…" + text
+    assert tasks.readable(backbone, (*tokens.encode("x\ufffd"), tokens.end)) == "x\ufffd"
+
+
+@pytest.mark.parametrize(("length", "text"), [(3, "ab"), (4, "ab"), (5, "ab猫"), (6, "ab猫\ufffd")])
+def test_an_answer_that_is_cut_ends_in_a_whole_character(
+    backbone: Backbone, grid: VQGrid, monkeypatch: pytest.MonkeyPatch, length: int, text: str
+) -> None:
+    tokens = backbone.tokens
+    ids = [*tokens.encode("ab猫"), tokens.encode("猫")[0], tokens.end][: length + (length == 6)]
+    monkeypatch.setattr(backbone, "run", lambda *_, **__: Generation(ids))
+    assert tasks.understand(backbone, grid, "what?", length).text == text
 
 
 def test_an_answer_longer_than_the_model_is_refused(backbone: Backbone, grid: VQGrid) -> None:
