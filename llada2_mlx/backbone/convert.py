@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from mlx.utils import tree_flatten
 
 from ..checkpoint.config import BackboneConfig
-from ..checkpoint.layout import INDEX, Checkpoint, Part, safetensors_header
+from ..checkpoint.layout import INDEX, Checkpoint, Part, safetensors_header, visible
 from ..errors import CheckpointError, LLaDA2Error, RequestError
 from ..files import replacing
 from ..progress import Progress, amount
@@ -227,7 +227,7 @@ def _state(folder: Path) -> dict[str, Any] | None:
 
 
 def _require_room(folder: Path, size: int) -> None:
-    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    there = sum(path.stat().st_size for path in visible(folder, "*.safetensors"))
     free = shutil.disk_usage(folder).free
     if size - there > free:
         raise CheckpointError(
