@@ -6,6 +6,9 @@ Nothing here reads a weight; headers of safetensors files are read to say early 
 from __future__ import annotations
 
 import json
+import os
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -230,6 +233,33 @@ def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, .
         problems.append(f"of another shape than the config says: {_some(wrong)}")
     if problems:
         raise CheckpointError(f"The tensors in {where} do not fit its config; {'; '.join(problems)}.")
+
+
+def model_folders(roots: Iterable[Path]) -> tuple[dict[str, Path], list[str]]:
+    """The model folders in ``roots`` by name, the first of a name counting; and a sentence on each that cannot be read."""
+    found: dict[str, Path] = {}
+    problems: list[str] = []
+    for root in roots:
+        try:
+            folders = [root / name for name in os.listdir(root) if not name.startswith(".")]
+        except FileNotFoundError:  # a place that nobody has put a model in
+            continue
+        except OSError as error:
+            problems.append(_unread(root, error))
+            continue
+        for folder in folders:
+            try:
+                if stat.S_ISDIR(folder.stat().st_mode) and folder.name not in found:
+                    os.listdir(folder)  # a folder that may not be listed says so here
+                    found[folder.name] = hub.snapshot(folder)
+            except (OSError, ValueError) as error:  # ValueError: a name of a revision that is no text
+                problems.append(_unread(folder, error))
+    return found, problems
+
+
+def _unread(folder: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or error
+    return f"{folder} cannot be read ({reason}), so no model in it is offered. Allow reading it, or remove it."
 
 
 def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from llada2_mlx.backbone.denoising import Method
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.network import LLaDA2
 from llada2_mlx.backbone.weights import published_names
-from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part, resolve
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part, model_folders, resolve
 from llada2_mlx.errors import CheckpointError, RequestError
 from llada2_mlx.imaging import load_part
 from llada2_mlx.progress import Progress
@@ -459,3 +460,25 @@ def test_an_index_names_only_files_inside_the_folder(tmp_path, name):
     for look in (lambda: model.missing(Part.BACKBONE), model.backbone_tensors):
         with pytest.raises(CheckpointError, match="no file of this model"):
             look()
+
+
+def test_a_folder_that_cannot_be_read_costs_only_itself(tmp_path, monkeypatch):
+    for name in ("good", "closed", "garbled/snapshots", "garbled/refs", ".hidden"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "garbled/refs/main").write_bytes(b"\xff\xfe")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    listdir = os.listdir
+
+    def refusing(path):
+        if Path(path).name in ("closed", "away"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr("os.listdir", refusing)
+    found, problems = model_folders([tmp_path / "none", tmp_path / "away", tmp_path])
+    assert found == {"good": tmp_path / "good"}
+    for name in ("away", "closed", "garbled", "broken", "loop"):
+        assert any(f"/{name} cannot be read" in problem for problem in problems), name
+    assert len(problems) == 5
