@@ -6,26 +6,29 @@ with the layers that are there, if the source is still the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from mlx.utils import tree_flatten
 
 from ..checkpoint.config import BackboneConfig
-from ..checkpoint.layout import INDEX, Checkpoint, Part, safetensors_header
+from ..checkpoint.layout import INDEX, Checkpoint, Part, safetensors_header, visible
 from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import replacing
+from ..files import locked, replacing
 from ..progress import Progress, amount
 from .precision import GROUP_SIZE, Quantization, build, check_block, is_router, quantization_of, scheme
 from .weights import Reader, check_backbone
 
 STATE = "conversion.json"  # in a copy: what it was made of, and how
+_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]+\.partial")  # what ``replacing`` calls a file that it writes
 WHOLE = 16  # bits that stand for bf16
 
 
@@ -88,13 +91,16 @@ def convert(
     wanted = _wanted(checkpoint, bits, group_size)
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
+        with locked(lock):
             if replace and is_current(copy, checkpoint, bits, group_size):  # another program has just made it
                 return Checkpoint(copy)
+            _require_own(partial)
             if partial.exists() and _state(partial) != wanted:
                 shutil.rmtree(partial)
             partial.mkdir(exist_ok=True)
-            for cut_off in partial.glob(".*.partial"):  # files that a killed run had begun
+            for cut_off in filter(
+                lambda path: _TEMPORARY.fullmatch(path.name), list(partial.iterdir())
+            ):  # files that a killed run had begun
                 cut_off.unlink()
             _require_room(partial, size)
             _write(partial / STATE, wanted)
@@ -204,9 +210,34 @@ def _groups(checkpoint: Checkpoint) -> list[list[tuple[str, tuple[int, ...]]]]:
 
 def _wanted(checkpoint: Checkpoint, bits: int, group_size: int) -> dict[str, Any]:
     """What a copy is made of, as its ``STATE`` says it."""
-    files = {path.name: path.stat() for path in checkpoint.files(Part.BACKBONE)}
-    source = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
+    source = {path.name: [path.stat().st_size, _summed(path)] for path in checkpoint.files(Part.BACKBONE)}
     return {"quantization": _block(checkpoint, bits, group_size), "source": source}
+
+
+def _summed(path: Path) -> str:
+    """The SHA-256 of a small file, or of the header of a safetensors file: a copy of a model may have other times."""
+    with path.open("rb") as file:
+        if path.suffix != ".safetensors":
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        length = file.read(8)
+        # no longer than a header may be, whatever a damaged file says
+        return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), 10**8))).hexdigest()
+
+
+_OWN = re.compile(r"model[^/]*\.safetensors(\.index\.json)?|config\.json|tokenizer[^/]*|\.\d+-[0-9a-f]+\.partial")
+
+
+def _require_own(partial: Path) -> None:
+    """Refuse a folder that a conversion did not begin: it may be removed, and that is for its owner to do."""
+    if not partial.exists() and not partial.is_symlink():
+        return
+    own = partial.is_dir() and not partial.is_symlink()
+    names = {path.name for path in partial.iterdir()} if own else set()
+    begun = {"quantization", "source"} <= (_state(partial) or {}).keys() or all(map(_TEMPORARY.fullmatch, names))
+    strange = sorted(name for name in names if name != STATE and not _OWN.fullmatch(name))
+    if not own or not begun or strange:
+        named = partial / strange[0] if strange else partial
+        raise RequestError(f"{named} is in the way of the conversion, which did not make it. Rename or delete it.")
 
 
 def _block(checkpoint: Checkpoint, bits: int, group_size: int) -> Quantization | None:
@@ -221,13 +252,14 @@ def _size(config: BackboneConfig, block: Quantization | None) -> int:
 
 def _state(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / STATE).read_text())
+        state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError):
         return None
+    return state if isinstance(state, dict) else None
 
 
 def _require_room(folder: Path, size: int) -> None:
-    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    there = sum(path.stat().st_size for path in visible(folder, "*.safetensors"))
     free = shutil.disk_usage(folder).free
     if size - there > free:
         raise CheckpointError(

@@ -22,6 +22,7 @@ from threading import Event, Thread
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import has_no_locks
 from ..progress import OnStep, Progress, amount
 
 RESERVE = 10**9  # bytes that a download leaves free on the disk
@@ -323,8 +324,14 @@ def _locked(path: Path, stop: Event) -> Iterator[None]:
         while True:
             if stop.is_set():
                 raise _Stopped
-            with suppress(Timeout):
+            try:
                 stack.enter_context(WeakFileLock(path, timeout=1))
+                break
+            except Timeout:
+                continue
+            except (OSError, NotImplementedError) as error:
+                if not has_no_locks(error):
+                    raise
                 break
         yield
 

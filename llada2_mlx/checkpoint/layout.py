@@ -6,6 +6,9 @@ Nothing here reads a weight; headers of safetensors files are read to say early 
 from __future__ import annotations
 
 import json
+import os
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -69,15 +72,15 @@ class Checkpoint:
 
     def files(self, part: Part) -> list[Path]:
         """The files of ``part`` that are there, sorted."""
-        return sorted(path for pattern in _patterns(part) for path in self.root.glob(pattern))
+        return sorted(path for pattern in _patterns(part) for path in visible(self.root, pattern))
 
     def missing(self, part: Part) -> list[str]:
         """The files of ``part`` that this folder lacks, relative to it, some as globs; empty if it is complete."""
-        missing = [pattern for pattern in FILES[part] if not any(self.root.glob(pattern))]
+        missing = [pattern for pattern in FILES[part] if not visible(self.root, pattern)]
         if part is Part.BACKBONE:
             if (self.root / INDEX).exists():
                 missing += sorted(name for name in set(self._weight_map().values()) if not (self.root / name).exists())
-            elif any(self.root.glob("model*-of-*.safetensors")):  # shards, of which only the index says how many
+            elif visible(self.root, "model*-of-*.safetensors"):  # shards, of which only the index says how many
                 missing.append(INDEX)
         return missing
 
@@ -95,6 +98,9 @@ class Checkpoint:
                     f"The model folder {self.root} has no complete {part.value}: {_some(missing)} is not there. "
                     f"A folder in the layout of {HUB_MODEL} is needed; download what is missing or choose another model."
                 )
+            for pattern in FILES[part]:
+                if pattern.endswith("/*.safetensors"):  # said now, not after the work that comes before the part
+                    self.only_safetensors(pattern.partition("/")[0])
         return self
 
     def json(self, name: str) -> dict[str, Any]:
@@ -140,7 +146,7 @@ class Checkpoint:
     def backbone_tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the backbone, from the headers of the files that the index names (or of the one file)."""
         if not (self.root / INDEX).exists():
-            files = sorted(self.root.glob("model*.safetensors"))
+            files = visible(self.root, "model*.safetensors")
             if len(files) > 1:
                 raise CheckpointError(f"{self.root} has {len(files)} weight files but no {INDEX}; download it.")
             return safetensors_header(files[0])
@@ -161,14 +167,31 @@ class Checkpoint:
         found = self.json(INDEX).get("weight_map")
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
             raise CheckpointError(f"{self.root / INDEX} has no usable weight_map; download it again.")
+        if outside := sorted({name for name in found.values() if not _is_plain(name)}):
+            raise CheckpointError(
+                f"{self.root / INDEX} names {outside[0]!r}, which is no file of this model. Only files inside the "
+                "model's folder that are not hidden are read; download the index again."
+            )
         return found
 
     def only_safetensors(self, folder: str) -> Path:
         """The single safetensors file of a sub-folder; releases name it differently."""
-        files = sorted((self.root / folder).glob("*.safetensors"))
+        files = visible(self.root / folder, "*.safetensors")
         if len(files) != 1:
             raise CheckpointError(f"{self.root / folder} has {len(files)} safetensors files; exactly one is expected.")
         return files[0]
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """What ``pattern`` finds in ``folder``, sorted. A hidden file is never a model's: macOS and others leave them."""
+    found = folder.glob(pattern)
+    return sorted(path for path in found if not any(n.startswith(".") for n in path.relative_to(folder).parts))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether an index may name this file: a relative path inside the folder, with nothing hidden on the way."""
+    plain = name and not any(character in name for character in "\\:\0")
+    return bool(plain) and all(part and not part.startswith(".") for part in name.split("/"))
 
 
 def safetensors_header(path: Path) -> dict[str, TensorInfo]:
@@ -212,6 +235,33 @@ def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, .
         raise CheckpointError(f"The tensors in {where} do not fit its config; {'; '.join(problems)}.")
 
 
+def model_folders(roots: Iterable[Path]) -> tuple[dict[str, Path], list[str]]:
+    """The model folders in ``roots`` by name, the first of a name counting; and a sentence on each that cannot be read."""
+    found: dict[str, Path] = {}
+    problems: list[str] = []
+    for root in roots:
+        try:
+            folders = [root / name for name in os.listdir(root) if not name.startswith(".")]
+        except FileNotFoundError:  # a place that nobody has put a model in
+            continue
+        except OSError as error:
+            problems.append(_unread(root, error))
+            continue
+        for folder in folders:
+            try:
+                if stat.S_ISDIR(folder.stat().st_mode) and folder.name not in found:
+                    os.listdir(folder)  # a folder that may not be listed says so here
+                    found[folder.name] = hub.snapshot(folder)
+            except (OSError, ValueError) as error:  # ValueError: a name of a revision that is no text
+                problems.append(_unread(folder, error))
+    return found, problems
+
+
+def _unread(folder: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or error
+    return f"{folder} cannot be read ({reason}), so no model in it is offered. Allow reading it, or remove it."
+
+
 def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore) -> Checkpoint:
     """The checkpoint that a person means by ``model``: a folder, or the id of a hub model to download.
 
@@ -241,7 +291,7 @@ def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore) -> Checkp
     else:
         lacks = {part: names for part in parts if (names := Checkpoint(cached).missing(part))}
         if not lacks:
-            return Checkpoint(cached)
+            return Checkpoint(cached).require(*parts)
         listed = "; ".join(f"no complete {part.value}: {_some(names)} is not there" for part, names in lacks.items())
         lacking, missing = f"{repo} on this machine has {listed}", [name for names in lacks.values() for name in names]
     patterns = sorted({pattern for part in parts for pattern in _patterns(part)})

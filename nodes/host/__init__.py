@@ -20,9 +20,8 @@ from comfy.utils import ProgressBar
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ...llada2_mlx.checkpoint import hub
 from ...llada2_mlx.checkpoint.layout import BUILT_IN as BUILT_IN_FOLDER
-from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint, Part, resolve
+from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint, Part, model_folders, resolve
 from ...llada2_mlx.errors import CheckpointError, LLaDA2Error
 from ...llada2_mlx.progress import amount, ignore
 from ...llada2_mlx.vq import VQGrid, picture_seed
@@ -144,13 +143,16 @@ def fingerprint(model: str, *parts: Part) -> tuple:
 
 
 def _folders() -> dict[str, Path]:
-    found = {}
-    for root in map(Path, folder_paths.get_folder_paths(_FOLDER)):
-        if root.is_dir():
-            for folder in root.iterdir():
-                if folder.is_dir() and not folder.name.startswith("."):
-                    found.setdefault(folder.name, hub.snapshot(folder))
+    found, problems = model_folders(map(Path, folder_paths.get_folder_paths(_FOLDER)))
+    for problem in problems:
+        _log_once(problem)
     return found
+
+
+@functools.cache
+def _log_once(sentence: str) -> None:
+    """The folders are looked at again and again."""
+    logging.warning("ComfyUI-LLaDA2-MLX: %s", sentence)
 
 
 # --- progress and interruption ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -39,6 +40,12 @@ def source(tmp_path: Path) -> Checkpoint:
 
 def converted(source: Checkpoint, copy: Path, bits: int, on_step=ignore, **options) -> Checkpoint:
     return MLXWorker().drive(convert(source, copy, bits, **options), on_step)
+
+
+def change(source: Checkpoint) -> None:
+    """Make the source another one: a header that says something else."""
+    path = source.root / "model.safetensors"
+    save_file(load_file(path), path, {"changed": "yes"})
 
 
 def hidden_states(network, ids):
@@ -167,7 +174,7 @@ def test_a_few_bits_are_made_on_first_use_and_once(source: Checkpoint) -> None:
     assert not own_copy(source, 4).exists()  # opening reads headers and writes nothing
     assert {"converting", "loading weights"} < phases(backbone)
     assert "converting" not in phases(Backbone(source, "4bit"))
-    (source.root / "model.safetensors").touch()  # another file, for all one knows
+    change(source)
     assert "converting" in phases(Backbone(source, "4bit"))
     assert Backbone(Checkpoint(own_copy(source, 4))).precision == "4bit"  # it is a model of its own
     assert is_current(own_copy(source, 4), source, 4)
@@ -186,7 +193,7 @@ def test_a_copy_may_lie_elsewhere_by_a_link(source: Checkpoint, tmp_path: Path) 
     (tmp_path / "elsewhere").mkdir()
     converted(source, tmp_path / "elsewhere/copy", 4)
     own_copy(source, 4).symlink_to(tmp_path / "elsewhere/copy")
-    (source.root / "model.safetensors").touch()
+    change(source)
     Backbone(source, "4bit").load()
     assert own_copy(source, 4).is_symlink() and is_current(tmp_path / "elsewhere/copy", source, 4)
 
@@ -455,3 +462,30 @@ def test_the_command_adds_parts_that_arrive_later(
     assert cli.main(call) == 0 and "It has no" not in capsys.readouterr().out
     shutil.rmtree(source)
     Checkpoint(copy).require(*Part)  # it stands alone
+
+
+def test_times_do_not_say_whether_a_copy_is_current(source: Checkpoint, tmp_path: Path) -> None:
+    converted(source, tmp_path / "copy", 8)
+    for path in source.files(Part.BACKBONE):
+        path.touch()
+    assert is_current(tmp_path / "copy", source, 8)
+    change(source)
+    assert not is_current(tmp_path / "copy", source, 8)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".other.partial", "sub/config.json", "model.safetensors"])
+def test_what_a_conversion_did_not_make_stays(source: Checkpoint, tmp_path: Path, name: str) -> None:
+    stranger = tmp_path / ".copy.partial" / name
+    stranger.parent.mkdir(parents=True)
+    stranger.write_text("mine")
+    with pytest.raises(RequestError, match=r"\.copy\.partial.* did not make"):
+        converted(source, tmp_path / "copy", 8)
+    assert stranger.read_text() == "mine"
+
+
+def test_a_disk_without_locks(source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert converted(source, tmp_path / "copy", 8).backbone_tensors()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from llada2_mlx.backbone.denoising import Method
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.network import LLaDA2
 from llada2_mlx.backbone.weights import published_names
-from llada2_mlx.checkpoint.layout import Checkpoint, Part, resolve
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part, model_folders, resolve
 from llada2_mlx.errors import CheckpointError, RequestError
 from llada2_mlx.imaging import load_part
 from llada2_mlx.progress import Progress
@@ -420,3 +421,64 @@ def test_names_of_the_published_checkpoint_are_all_known() -> None:
     ]
     assert len(names) == len(set(names)) == 14813
     assert PUBLISHED.rotary_dim == 64 and PUBLISHED.codebook_size == 16384
+
+
+def _copied(folder: Path) -> Checkpoint:
+    """A copy of the built-in model, to change."""
+    shutil.copytree(BUILT_IN, folder)
+    return Checkpoint(folder)
+
+
+def test_hidden_files_are_never_a_models(tmp_path):
+    model = _copied(tmp_path / "model")
+    before = {part: model.files(part) for part in Part}
+    for path in [path for path in model.root.rglob("*") if path.is_file()]:
+        (path.parent / f"._{path.name}").write_bytes(b"\0" * 4096)
+    (model.root / ".DS_Store").write_bytes(b"\0")
+    assert {part: model.files(part) for part in Part} == before
+    model.require(*Part)
+    assert model.backbone_tensors()
+    assert model.only_safetensors("vae").parent.name == "vae"
+    model.only_safetensors("vae").unlink()
+    assert model.missing(Part.VAE) == ["vae/*.safetensors"]
+
+
+def test_two_files_of_weights_are_refused_before_the_work(tmp_path):
+    model = _copied(tmp_path / "model")
+    (model.root / "vae/second.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="has 2 safetensors files; exactly one"):
+        model.require(Part.VAE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "/outside.safetensors", "a/../../b", "..\\b", "C:b", "._model.safetensors", "", "a\0b"],
+)
+def test_an_index_names_only_files_inside_the_folder(tmp_path, name):
+    model = _copied(tmp_path / "model")
+    (model.root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    for look in (lambda: model.missing(Part.BACKBONE), model.backbone_tensors):
+        with pytest.raises(CheckpointError, match="no file of this model"):
+            look()
+
+
+def test_a_folder_that_cannot_be_read_costs_only_itself(tmp_path, monkeypatch):
+    for name in ("good", "closed", "garbled/snapshots", "garbled/refs", ".hidden"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "garbled/refs/main").write_bytes(b"\xff\xfe")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    listdir = os.listdir
+
+    def refusing(path):
+        if Path(path).name in ("closed", "away"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr("os.listdir", refusing)
+    found, problems = model_folders([tmp_path / "none", tmp_path / "away", tmp_path])
+    assert found == {"good": tmp_path / "good"}
+    for name in ("away", "closed", "garbled", "broken", "loop"):
+        assert any(f"/{name} cannot be read" in problem for problem in problems), name
+    assert len(problems) == 5
