@@ -1,0 +1,66 @@
+"""The model folders that ComfyUI knows, and the checkpoint behind a name of the list."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ...llada2_mlx.checkpoint import hub
+from ...llada2_mlx.checkpoint.layout import BUILT_IN as BUILT_IN_FOLDER
+from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint, Part, resolve
+from ...llada2_mlx.errors import CheckpointError
+from .progress import progress
+
+BUILT_IN = "Shapes (built in)"
+_FOLDER = "llada2"
+
+folder_paths.add_model_folder_path(_FOLDER, os.path.join(folder_paths.models_dir, _FOLDER))
+
+
+def model_names() -> list[str]:
+    """What a model list offers: the built-in default, the folders under ``models/llada2``, the hub's model."""
+    return [BUILT_IN, *sorted(_folders()), HUB_MODEL]
+
+
+def checkpoint(model: str, *parts: Part) -> Checkpoint:
+    """The checkpoint behind a name of the list, with ``parts`` in it; the hub's model is downloaded where it is not yet.
+
+    Raises:
+        CheckpointError: there is no such model, or it lacks a part.
+    """
+    folders = _folders() | {BUILT_IN: BUILT_IN_FOLDER}
+    if model not in [*folders, HUB_MODEL]:
+        raise CheckpointError(
+            f"There is no model {model!r}. There are: {', '.join(model_names())}. Put a model folder into models/{_FOLDER}."
+        )
+    if model in folders:
+        return resolve(folders[model], *parts)
+    return resolve(model, *parts, on_step=progress())
+
+
+def check_model(model: str, *parts: Part) -> None:
+    """Like ``checkpoint``, when queueing: the hub's model is not looked at, because that could take long."""
+    if model != HUB_MODEL:
+        checkpoint(model, *parts)
+
+
+def fingerprint(model: str, *parts: Part) -> tuple:
+    """The state of the files of some parts: it changes when they are replaced, and with nothing else."""
+    folder = _folders().get(model)
+    if folder is None:
+        return ()
+    files = {path for part in parts for path in Checkpoint(folder).files(part)}
+    stats = [(str(path.relative_to(folder)), path.stat()) for path in sorted(files)]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def _folders() -> dict[str, Path]:
+    found = {}
+    for root in map(Path, folder_paths.get_folder_paths(_FOLDER)):
+        if root.is_dir():
+            for folder in root.iterdir():
+                if folder.is_dir() and not folder.name.startswith("."):
+                    found.setdefault(folder.name, hub.snapshot(folder))
+    return found
