@@ -64,7 +64,7 @@ class LLaDA2TextToVQ(io.ComfyNode):
         )
 
     @classmethod
-    @host.explains_imports
+    @host.explains
     def execute(
         cls, backbone, prompt, width, height, steps, guidance, seed, temperature, block_length, threshold, rescale
     ) -> io.NodeOutput:
@@ -136,7 +136,7 @@ class LLaDA2Edit(io.ComfyNode):
         return host.refusal((prompts.require_text, instruction, "instruction"))
 
     @classmethod
-    @host.explains_imports
+    @host.explains
     def execute(
         cls,
         backbone,

@@ -54,7 +54,7 @@ class LLaDA2Understand(io.ComfyNode):
         return host.refusal((prompts.require_text, question, "question"))
 
     @classmethod
-    @host.explains_imports
+    @host.explains
     def execute(
         cls, backbone, vq, question, steps, max_new_tokens, seed, temperature, block_length, threshold
     ) -> io.NodeOutput:

@@ -61,7 +61,7 @@ class SigLIPVQEncode(io.ComfyNode):
         return host.fingerprint(model, Part.IMAGE_TOKENIZER)
 
     @classmethod
-    @host.explains_imports
+    @host.explains
     def execute(cls, image, model, purpose, size) -> io.NodeOutput:
         purpose, sizes = Purpose(purpose), host.checkpoint(model, Part.IMAGE_TOKENIZER).image_sizes
         side = size or own_side(sizes, purpose)
@@ -146,7 +146,7 @@ class ZImageDecode(io.ComfyNode):
         return host.fingerprint(model, _part(decoder), Part.VAE)
 
     @classmethod
-    @host.explains_imports
+    @host.explains
     def execute(cls, vq, model, decoder, guidance, seed, upscale) -> io.NodeOutput:
         part, sampler = _part(decoder), Sampler(decoder.get("sampler", Sampler.ODE.value))
         options = DecodeOptions(decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"))

@@ -1,9 +1,9 @@
 """The only place that talks to ComfyUI's runtime: one room for each thing that it does for the nodes."""
 
-from .dependencies import explains_imports, missing_packages, repair_hint
+from .dependencies import missing_packages, repair_hint
 from .folders import BUILT_IN, check_model, checkpoint, fingerprint, model_names
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
-from .progress import pictures, progress, progress_text, tell, warn
+from .progress import explains, pictures, progress, progress_text, tell, warn
 from .validation import refusal
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "backbone",
     "check_model",
     "checkpoint",
-    "explains_imports",
+    "explains",
     "fingerprint",
     "image_part",
     "missing_packages",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy import model_management
 from comfy.utils import ProgressBar
@@ -14,6 +15,7 @@ from server import PromptServer
 
 from ...llada2_mlx.progress import amount
 from ...llada2_mlx.vq import VQGrid, picture_seed
+from .dependencies import explains_imports
 
 if TYPE_CHECKING:
     from ...llada2_mlx.progress import OnStep, Progress
@@ -49,13 +51,13 @@ def pictures(grids: tuple[VQGrid, ...], seed: int) -> Iterator[tuple[VQGrid, int
 
 def progress_text() -> Callable[..., None]:
     """A function that shows a growing text on the running node; with ``final=True`` at once, else not too often."""
-    context, last = get_executing_context(), 0.0
+    last = 0.0
 
     def show(text: str, final: bool = False) -> None:
         nonlocal last
-        if context is not None and (final or time.monotonic() - last >= _TEXT_INTERVAL):
+        if final or time.monotonic() - last >= _TEXT_INTERVAL:
             last = time.monotonic()
-            PromptServer.instance.send_progress_text(text, context.node_id)
+            _write(text)
 
     return show
 
@@ -65,10 +67,35 @@ def tell(sentence: str | None, level: int = logging.INFO, shown: str = "{}") -> 
     if sentence is None:
         return
     logging.log(level, "ComfyUI-LLaDA2-MLX: %s", sentence)
-    if (context := get_executing_context()) is not None:
-        PromptServer.instance.send_progress_text(shown.format(sentence), context.node_id)
+    _write(shown.format(sentence))
 
 
 def warn(sentence: str | None) -> None:
     """The same for a warning."""
     tell(sentence, logging.WARNING, "Warning: {}")
+
+
+def explains(execute: Callable) -> Callable:
+    """For a node's ``execute``: clears what the node showed of an earlier run, and shows why this one failed."""
+    explained = explains_imports(execute)
+
+    @functools.wraps(execute)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        _write(" ")  # the canvas ignores an empty text
+        try:
+            return explained(*args, **kwargs)
+        except Exception as error:  # not an interruption, which is no Exception
+            _write(str(error))
+            raise
+
+    return wrapper
+
+
+def _write(text: str) -> None:
+    """Show a text on the running node, to the client that queued the prompt.
+
+    A text without a client goes to everyone, and lands on whatever node of another graph has the same number.
+    """
+    context, client = get_executing_context(), PromptServer.instance.client_id
+    if context is not None and client is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id, client)

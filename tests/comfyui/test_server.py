@@ -308,6 +308,35 @@ def test_a_size_that_the_model_was_not_made_for_is_warned_of(comfy: Comfy, uniqu
     assert any("made for understanding at 256 x 256" in text for name, text in run.texts if name == "4")
 
 
+def test_a_warning_goes_when_it_no_longer_holds(comfy: Comfy, unique: str) -> None:
+    asked = {"2": {"prompt": unique, "width": 512, "steps": 1}, "3": {"decoder.steps": 2}}
+    ran(comfy.run(workflow("text_to_image", **asked)))
+    asked["2"]["width"] = 256
+    run = ran(comfy.run(workflow("text_to_image", **asked)))
+    for node in ("2", "3"):
+        assert {text for name, text in run.texts if name == node} == {" "}  # one space clears
+
+
+def test_texts_go_to_the_client_of_the_prompt_alone(comfy: Comfy, unique: str) -> None:
+    prompt = workflow("text_to_image", **{"2": {"prompt": unique, "width": 512, "steps": 1}})
+    onlooker = Comfy(int(comfy.address.partition(":")[2]), comfy.base, comfy.log_path)
+    texts = []
+
+    def queue(kind: str, data: dict) -> None:
+        if kind == "execution_start" and not texts:
+            texts.append(onlooker.post("/prompt", {"prompt": prompt})["prompt_id"])  # no client, as from curl
+
+    ran(comfy.run(workflow("text_to_image", **{"2": {"prompt": f"{unique} 2"}}), queue))
+    run = ran(comfy.run(workflow("text_to_image", **{"2": {"prompt": f"{unique} 3"}})))  # waits for the one before
+    assert onlooker._history(texts[0])["status"]["status_str"] == "success"
+    assert not [text for _, text in run.texts if "made for" in text]
+
+
+def test_an_error_is_a_sentence_on_its_node(comfy: Comfy) -> None:
+    run = comfy.run(workflow("text_to_image", **{"3": {"model": "golden"}}))
+    assert any("The grid was made by a model" in text for name, text in run.texts if name == "3")
+
+
 def test_linked_text_is_checked_first_thing_in_the_run(comfy: Comfy) -> None:
     prompt = workflow("text_to_image")
     prompt["9"] = {"class_type": "PrimitiveString", "inputs": {"value": " "}}
