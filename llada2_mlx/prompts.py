@@ -82,6 +82,11 @@ def require_size(width: int, height: int) -> None:
             )
 
 
+def side_or_own(side: int) -> int:
+    """A side as a widget gives it, which starts at 0 and steps up: below the smallest it is 0, the model's own."""
+    return 0 if 0 <= side < SMALLEST_SIDE and side % SIDE_STEP == 0 else side
+
+
 def _picture(tokens: Tokens, grid: VQGrid) -> list[int]:
     if grid.codebook_size != tokens.codebook_size:
         raise RequestError(

@@ -9,6 +9,7 @@ from . import prompts
 from .backbone.denoising import Method, Report, Sampling, Vocabulary, check_length, generate
 from .backbone.guidance import Guidance
 from .backbone.handle import Backbone
+from .checkpoint.codebook import origin, require_same
 from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
@@ -85,6 +86,7 @@ def edit(
         RequestError: the grid is of another model or has no size token, or the request is too long.
     """
     request = prompts.edit(backbone.tokens, grid, instruction)
+    require_same(grid, backbone.checkpoint)
     guidance = Guidance.editing(text_guidance, image_guidance, rescale)
     return _draw(backbone, request, grid.height, grid.width, guidance, sampling, method, on_step)
 
@@ -112,6 +114,7 @@ def understand(
     """
     tokens = backbone.tokens
     request = prompts.understand(tokens, grid, question)
+    require_same(grid, backbone.checkpoint)
     check_length(len(request.conditional), max_new_tokens, backbone.config.max_position_embeddings)
 
     def step(progress: Progress) -> None:
@@ -175,4 +178,5 @@ def _draw(
     options = {"sampling": sampling, "guidance": guidance, "method": method, "on_step": on_step}
     done = backbone.run(generate, request.branches, length, vocabulary, **options)
     codes = [token - offset for token in done.ids]
-    return Drawing(VQGrid.from_list(codes, rows, columns, backbone.config.codebook_size), done.report)
+    made = VQGrid.from_list(codes, rows, columns, backbone.config.codebook_size, origin(backbone.checkpoint))
+    return Drawing(made, done.report)

@@ -1,13 +1,26 @@
 """The only place that talks to ComfyUI's runtime: one room for each thing that it does for the nodes."""
 
 from .dependencies import missing_packages, repair_hint
-from .folders import BUILT_IN, check_model, checkpoint, fingerprint, model_names
+from .folders import (
+    BACKBONES,
+    BUILT_IN,
+    CODES,
+    check_model,
+    checkpoint,
+    fingerprint,
+    model_names,
+    model_of_backbone,
+    model_of_codes,
+    named,
+)
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
 from .progress import explains, pictures, progress, progress_text, tell, warn
 from .validation import refusal
 
 __all__ = [
+    "BACKBONES",
     "BUILT_IN",
+    "CODES",
     "ManagedBackbone",
     "ManagedPart",
     "backbone",
@@ -18,6 +31,9 @@ __all__ = [
     "image_part",
     "missing_packages",
     "model_names",
+    "model_of_backbone",
+    "model_of_codes",
+    "named",
     "pictures",
     "progress",
     "progress_text",

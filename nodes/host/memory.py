@@ -91,17 +91,17 @@ class ManagedPart(ModelPatcher):
 class ManagedBackbone(ManagedPart):
     """What the backbone socket carries: to ComfyUI a patcher, to ``llada2_mlx.tasks`` a backbone.
 
-    A task checks the request with the tokenizer and the config, and the weights are loaded when it runs the network.
+    ``source`` is its name in the model lists. A task checks the request with the tokenizer and the config, and the weights are loaded when it runs the network.
     """
 
-    def __init__(self, handle: Backbone):
+    def __init__(self, handle: Backbone, model: str):
         def load(device: torch.device, on_step: OnStep) -> Backbone:
             handle.load(on_step)
             return handle
 
         super().__init__(f"backbone of {handle.checkpoint.root.name}", load, handle.size, type(handle).unload)
         self.checkpoint, self.config = handle.checkpoint, handle.config
-        self._handle = handle
+        self.source, self._handle = model, handle  # ``model`` is the patcher's own
 
     @property
     def tokens(self) -> Tokens:
@@ -125,7 +125,7 @@ def backbone(model: str, precision: str) -> ManagedBackbone:
     handle = Backbone(checkpoint(model, Part.BACKBONE), precision)
     tell(handle.reason)
     key = "backbone", handle.checkpoint.root.resolve(), handle.precision  # "auto" is one of the others
-    return _registered(key, fingerprint(model, Part.BACKBONE), lambda: ManagedBackbone(handle))
+    return _registered(key, fingerprint(model, Part.BACKBONE), lambda: ManagedBackbone(handle, model))
 
 
 def image_part(model: str, part: Part) -> ManagedPart:
