@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, prompts
+from .checkpoint.codebook import require_same
 from .checkpoint.config import PRECISIONS
+from .checkpoint.hub import is_id
 from .checkpoint.layout import BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve
 from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
@@ -231,12 +233,20 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options
         pixels = load_part(checkpoint, Part.VAE, _device(a), on_step).decode(latents, on_step)
     (image,) = to_images(pixels)
     parameters = {key: value for key, value in vars(a).items() if key != "command" and value is not None}
+    # names, not folders: the picture may be shown to others
+    local = ("model", "image", "codes", "output")
+    parameters |= {key: _name(parameters[key]) for key in local if key in parameters}
     parameters |= {"decoder_steps": options.steps, "version": __version__}
     metadata = PngInfo()
     metadata.add_itxt("parameters", json.dumps(parameters, default=str, ensure_ascii=False))
     with replacing(Path(a.output)) as partial:
         image.save(partial, format="PNG", pnginfo=metadata)
     print(f"{a.output}: {image.width} x {image.height} pixels")
+
+
+def _name(given: str) -> str:
+    """A file or a folder without where it is; a hub id stays whole."""
+    return given if is_id(given) and not Path(given).exists() else Path(given).name
 
 
 def _open(path: str) -> Image.Image:
@@ -277,6 +287,8 @@ def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGri
 
     _device(a)
     check_decode(checkpoint, DECODERS[a.decoder][0], grids)
+    for grid in grids:
+        require_same(grid, checkpoint)
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
     return DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, Sampler(SAMPLERS[a.sampler]), a.solver)
 

@@ -105,6 +105,11 @@ def _unseen(character: str) -> bool:
     return character.isspace() or character in _UNSEEN or unicodedata.category(character) == "Cc"
 
 
+def side_or_own(side: int) -> int:
+    """A side as a widget gives it, which starts at 0 and steps up: below the smallest it is 0, the model's own."""
+    return 0 if 0 <= side < SMALLEST_SIDE and side % SIDE_STEP == 0 else side
+
+
 def _picture(tokens: Tokens, grid: VQGrid) -> list[int]:
     if grid.codebook_size != tokens.codebook_size:
         raise RequestError(

@@ -12,6 +12,7 @@ from .backbone.denoising import Draft, Method, Vocabulary, check_length, generat
 from .backbone.guidance import Guidance
 from .backbone.handle import Backbone
 from .backbone.session import Report
+from .checkpoint.codebook import origin, require_same
 from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
@@ -92,6 +93,7 @@ def edit(
         RequestError: the grid is of another model or has no size token, or the request is too long.
     """
     request = prompts.edit(backbone.tokens, grid, instruction)
+    require_same(grid, backbone.checkpoint)
     guidance = Guidance.editing(text_guidance, image_guidance, rescale)
     return _draw(backbone, request, grid.height, grid.width, guidance, sampling, method, on_step)
 
@@ -119,6 +121,7 @@ def understand(
     """
     tokens = backbone.tokens
     request = prompts.understand(tokens, grid, question)
+    require_same(grid, backbone.checkpoint)
     check_length(len(request.conditional), max_new_tokens, backbone.config.max_position_embeddings)
 
     def step(progress: Progress) -> None:
@@ -194,4 +197,5 @@ def _draw(
     options = {"sampling": sampling, "guidance": guidance, "method": method, "on_step": on_step}
     done = backbone.run(generate, draft, vocabulary, **options)
     codes = [token - offset for token in done.ids]
-    return Drawing(VQGrid.from_list(codes, rows, columns, backbone.config.codebook_size), done.report)
+    made = VQGrid.from_list(codes, rows, columns, backbone.config.codebook_size, origin(backbone.checkpoint))
+    return Drawing(made, done.report)

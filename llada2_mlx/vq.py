@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,22 @@ from .errors import RequestError
 from .files import replacing
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where codes come from; each is empty where it is not known, as in a file of an older version.
+
+    Args:
+        model: the name of the model.
+        vectors, table: fingerprints of its codebook, as the image tokenizer and as the decoders have it.
+        use: what a picture was encoded for, "understanding" or "editing"; empty too for one that was drawn.
+    """
+
+    model: str = ""
+    vectors: str = ""
+    table: str = ""
+    use: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class VQGrid:
     """A grid of image codes.
@@ -20,6 +36,7 @@ class VQGrid:
     Args:
         codes: integers [height, width], each in ``0 .. codebook_size - 1``; kept as int32, read-only.
         codebook_size: how many codes the model that made the grid has.
+        origin: which model that is; two grids of the same codes are equal wherever they come from.
 
     Raises:
         RequestError: the codes are no two-dimensional grid of integers, or one is outside the codebook.
@@ -27,6 +44,7 @@ class VQGrid:
 
     codes: np.ndarray
     codebook_size: int
+    origin: Origin = Origin()
 
     def __post_init__(self) -> None:
         try:
@@ -69,11 +87,13 @@ class VQGrid:
         return f"VQGrid({self.height} x {self.width} codes of {self.codebook_size})"
 
     @classmethod
-    def from_list(cls, codes: list[int], height: int, width: int, codebook_size: int) -> VQGrid:
+    def from_list(
+        cls, codes: list[int], height: int, width: int, codebook_size: int, origin: Origin = Origin()
+    ) -> VQGrid:
         """A grid from its codes row by row."""
         if len(codes) != height * width or height < 1:
             raise RequestError(f"{len(codes)} codes do not make a grid of {height} x {width}.")
-        return cls(np.asarray(codes).reshape(height, width), codebook_size)
+        return cls(np.asarray(codes).reshape(height, width), codebook_size, origin)
 
     def to_list(self) -> list[int]:
         """The codes row by row."""
@@ -86,6 +106,7 @@ class VQGrid:
             "height": str(self.height),
             "width": str(self.width),
             "codebook_size": str(self.codebook_size),
+            **{key: known for key, known in asdict(self.origin).items() if known},
         }
         with replacing(Path(path)) as partial:
             save_file({"codes": self.codes}, partial, metadata=metadata)
@@ -100,7 +121,8 @@ class VQGrid:
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata, codes = file.metadata() or {}, file.get_tensor("codes")
-            grid = cls(codes, int(metadata["codebook_size"]))
+            origin = Origin(**{field.name: metadata.get(field.name, "") for field in fields(Origin)})
+            grid = cls(codes, int(metadata["codebook_size"]), origin)
             stated = int(metadata["height"]), int(metadata["width"])
         except FileNotFoundError:
             raise RequestError(f"There is no file {path}.") from None

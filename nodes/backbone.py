@@ -40,6 +40,6 @@ class LoadLLaDA2Backbone(io.ComfyNode):
         return host.fingerprint(model, Part.BACKBONE)
 
     @classmethod
-    @host.explains_imports
+    @host.explains
     def execute(cls, model: str, precision: str) -> io.NodeOutput:
         return io.NodeOutput(host.backbone(model, precision))

@@ -3,6 +3,8 @@
 from comfy_api.latest import io
 
 from ..llada2_mlx import prompts
+from ..llada2_mlx.checkpoint.codebook import doubt
+from ..llada2_mlx.checkpoint.sizes import DECODED_PIXELS
 from . import host
 from .sockets import BackboneSocket, VQSocket, block_inputs, temperature_input, token_seed_input
 
@@ -17,7 +19,8 @@ def _side_input(name: str) -> io.Int.Input:
         min=0,
         max=prompts.LARGEST_SIDE,
         step=prompts.SIDE_STEP,
-        tooltip=f"{name.capitalize()} of the decoded picture in pixels; 0 is the model's own size.",
+        tooltip=f"{name.capitalize()} of the decoded picture in pixels, {prompts.SMALLEST_SIDE} to {prompts.LARGEST_SIDE}. "
+        f"Below {prompts.SMALLEST_SIDE} it is the model's own.",
     )
 
 
@@ -54,17 +57,11 @@ class LLaDA2TextToVQ(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, prompt: str | None = None, width: int | None = None, height: int | None = None
-    ) -> bool | str:
-        return host.refusal(
-            (prompts.require_text, prompt, "prompt"),
-            (prompts.require_size, width, 0),
-            (prompts.require_size, 0, height),
-        )
+    def validate_inputs(cls, prompt: str | None = None) -> bool | str:
+        return host.refusal((prompts.require_text, prompt, "prompt"))
 
     @classmethod
-    @host.explains_imports
+    @host.explains
     def execute(
         cls, backbone, prompt, width, height, steps, guidance, seed, temperature, block_length, threshold, rescale
     ) -> io.NodeOutput:
@@ -72,7 +69,10 @@ class LLaDA2TextToVQ(io.ComfyNode):
         from ..llada2_mlx.backbone.acceptance import Sampling
 
         prompts.require_text(prompt, "prompt")
+        width, height = prompts.side_or_own(width), prompts.side_or_own(height)
         prompts.require_size(width, height)
+        rows, columns = tasks.grid_size(backbone, width, height)
+        host.warn(backbone.checkpoint.image_sizes.doubt("drawing", DECODED_PIXELS * columns, DECODED_PIXELS * rows))
         drawing = tasks.text_to_vq(
             backbone,
             prompt,
@@ -83,8 +83,7 @@ class LLaDA2TextToVQ(io.ComfyNode):
             Sampling(block_length, steps, threshold, temperature, seed=seed),
             on_step=host.progress(),
         )
-        host.warn(backbone.checkpoint.image_sizes.doubt_grid("drawing", drawing.grid))
-        return io.NodeOutput((drawing.grid,))
+        return io.NodeOutput(host.named(backbone.source, [drawing.grid]))
 
 
 class LLaDA2Edit(io.ComfyNode):
@@ -136,7 +135,7 @@ class LLaDA2Edit(io.ComfyNode):
         return host.refusal((prompts.require_text, instruction, "instruction"))
 
     @classmethod
-    @host.explains_imports
+    @host.explains
     def execute(
         cls,
         backbone,
@@ -155,6 +154,7 @@ class LLaDA2Edit(io.ComfyNode):
         from ..llada2_mlx.backbone.acceptance import Sampling
 
         prompts.require_text(instruction, "instruction")
+        host.warn(doubt(vq[0], backbone.checkpoint, "editing"))
         edited = []
         for grid, own_seed, on_step in host.pictures(vq, seed):
             drawing = tasks.edit(
@@ -168,5 +168,4 @@ class LLaDA2Edit(io.ComfyNode):
                 on_step=on_step,
             )
             edited.append(drawing.grid)
-        host.warn(backbone.checkpoint.image_sizes.doubt_grid("editing", vq[0]))
-        return io.NodeOutput(tuple(edited))
+        return io.NodeOutput(host.named(backbone.source, edited))

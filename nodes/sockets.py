@@ -10,7 +10,14 @@ BackboneSocket = io.Custom("LLADA2_BACKBONE")
 VQSocket = io.Custom("LLADA2_VQ")
 
 
-def model_input(what: str) -> io.Combo.Input:
+def model_input(what: str, own: str | None = None) -> io.Combo.Input:
+    """The list of models; ``own`` is a first choice that follows what comes over a link."""
+    if own is not None:
+        return io.Combo.Input(
+            "model",
+            options=[own, *host.model_names()],
+            tooltip=f"Whose {what} to use. {own}: the model is chosen once, in Load LLaDA2 Backbone. Another has to have the same codes.",
+        )
     return io.Combo.Input(
         "model",
         options=host.model_names(),

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..llada2_mlx import prompts
+from ..llada2_mlx.checkpoint.codebook import doubt
 from . import host
 from .sockets import BackboneSocket, VQSocket, block_inputs, temperature_input, token_seed_input
 
@@ -54,7 +55,7 @@ class LLaDA2Understand(io.ComfyNode):
         return host.refusal((prompts.require_text, question, "question"))
 
     @classmethod
-    @host.explains_imports
+    @host.explains
     def execute(
         cls, backbone, vq, question, steps, max_new_tokens, seed, temperature, block_length, threshold
     ) -> io.NodeOutput:
@@ -62,6 +63,7 @@ class LLaDA2Understand(io.ComfyNode):
         from ..llada2_mlx.backbone.acceptance import Sampling
 
         prompts.require_text(question, "question")
+        host.warn(doubt(vq[0], backbone.checkpoint, "understanding"))
         answers = []
         show = host.progress_text()
         for grid, own_seed, on_step in host.pictures(vq, seed):

@@ -2,15 +2,16 @@
 
 from comfy_api.latest import io
 
+from ..llada2_mlx.checkpoint.codebook import require_same
 from ..llada2_mlx.checkpoint.layout import Part
 from ..llada2_mlx.errors import RequestError
 from ..llada2_mlx.imaging.flow import SOLVERS, DecodeOptions, Sampler
 from ..llada2_mlx.imaging.pixels import to_images
-from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, UNIT, Purpose, own_side, prepare, require_side, use_of
+from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, SMALLEST_SIDE, UNIT, Purpose, prepare_for, side_or_own, use_of
 from ..llada2_mlx.imaging.transformer_torch import check_decode
 from ..llada2_mlx.imaging.vae import VAE
 from . import host
-from .sockets import VQSocket, model_input, seed_input
+from .sockets import BackboneSocket, VQSocket, model_input, seed_input
 
 _PURPOSES = [purpose.value for purpose in (Purpose.UNDERSTAND, Purpose.EDIT, Purpose.EDIT_PUBLISHED)]
 _PARTS = {"full": Part.DECODER, "turbo": Part.DECODER_TURBO}
@@ -26,8 +27,8 @@ class SigLIPVQEncode(io.ComfyNode):
             description="Turns pictures into codes that LLaDA2 reads. Choose what for: the sizes differ. A batch gives a batch.",
             search_aliases=["llada", "image tokenizer", "encode image", "image to vq", "siglip", "vae encode"],
             inputs=[
-                io.Image.Input("image", tooltip="The picture, or a batch. Transparent parts become white."),
-                model_input("image tokenizer"),
+                io.Image.Input("image", tooltip="The picture, or a batch."),
+                model_input("image tokenizer", own=host.BACKBONES),
                 io.Combo.Input(
                     "purpose",
                     options=_PURPOSES,
@@ -35,7 +36,7 @@ class SigLIPVQEncode(io.ComfyNode):
                     tooltip="understand: the picture's own size, at most 800 x 800 pixels of area. "
                     "edit: scaled to cover the nearest size of about 512 x 512, then cropped. "
                     "edit as published: cropped without scaling, so that a large photo loses all but its middle. "
-                    "A model may state other sizes of its own.",
+                    "A model may state other sizes of its own; then a picture is scaled to cover that size, and cropped.",
                 ),
                 io.Int.Input(
                     "size",
@@ -44,7 +45,16 @@ class SigLIPVQEncode(io.ComfyNode):
                     max=LARGEST_SIDE,
                     step=UNIT,
                     advanced=True,
-                    tooltip="Side in pixels of a square that is about as large as the encoded picture; 0 is the model's own size.",
+                    tooltip="Side of a square, in the pixels that the tokenizer sees (16 per code; a decoded picture has 32 at upscale 2), "
+                    f"that is about as large as the encoded picture: {SMALLEST_SIDE} to {LARGEST_SIDE}. Below {SMALLEST_SIDE} it is the model's own size.",
+                ),
+                BackboneSocket.Input(
+                    "backbone", optional=True, tooltip="From Load LLaDA2 Backbone, so that the model is chosen there."
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="The mask of Load Image, which leaves transparency out of its picture: transparent parts become white.",
                 ),
             ],
             outputs=[
@@ -55,24 +65,23 @@ class SigLIPVQEncode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str | None = None, size: int | None = None) -> bool | str:
-        return host.refusal((host.check_model, model, Part.IMAGE_TOKENIZER), (require_side, size))
+    def validate_inputs(cls, model: str | None = None) -> bool | str:
+        return host.refusal((host.check_model, model, Part.IMAGE_TOKENIZER))
 
     @classmethod
     def fingerprint_inputs(cls, model: str, **_) -> tuple:
         return host.fingerprint(model, Part.IMAGE_TOKENIZER)
 
     @classmethod
-    @host.explains_imports
-    def execute(cls, image, model, purpose, size) -> io.NodeOutput:
-        purpose, sizes = Purpose(purpose), host.checkpoint(model, Part.IMAGE_TOKENIZER).image_sizes
-        side = size or own_side(sizes, purpose)
-        prepared = [prepare(picture, purpose, side) for picture in to_images(image)]
+    @host.explains
+    def execute(cls, image, model, purpose, size, backbone=None, mask=None) -> io.NodeOutput:
+        purpose, model = Purpose(purpose), host.model_of_backbone(model, backbone)
+        sizes, size = host.checkpoint(model, Part.IMAGE_TOKENIZER).image_sizes, side_or_own(size)
+        prepared = [prepare_for(sizes, picture, purpose, size) for picture in to_images(image, mask)]
         host.warn(sizes.doubt(use_of(purpose), *prepared[0].size))
         on_step = host.progress()
-        return io.NodeOutput(
-            host.image_part(model, Part.IMAGE_TOKENIZER).get(on_step).encode_prepared(prepared, on_step)
-        )
+        tokenizer = host.image_part(model, Part.IMAGE_TOKENIZER).get(on_step)
+        return io.NodeOutput(host.named(model, tokenizer.encode_prepared(prepared, on_step, use_of(purpose))))
 
 
 class ZImageDecode(io.ComfyNode):
@@ -109,8 +118,11 @@ class ZImageDecode(io.ComfyNode):
             "Another seed gives a variation of the same picture, without drawing the codes again.",
             search_aliases=["llada", "decode vq", "vq to image", "z-image", "diffusion decoder", "vae decode"],
             inputs=[
-                VQSocket.Input("vq", tooltip="Codes from LLaDA2 Text to VQ, LLaDA2 Edit or SigLIP-VQ Encode."),
-                model_input("decoder"),
+                # lazy: what is wrong with the choice of a decoder is said before the codes are drawn
+                VQSocket.Input(
+                    "vq", lazy=True, tooltip="Codes from LLaDA2 Text to VQ, LLaDA2 Edit or SigLIP-VQ Encode."
+                ),
+                model_input("decoder", own=host.CODES),
                 io.DynamicCombo.Input(
                     "decoder",
                     options=[io.DynamicCombo.Option("full", full), io.DynamicCombo.Option("turbo", turbo)],
@@ -139,21 +151,32 @@ class ZImageDecode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str | None = None, decoder: dict | None = None) -> bool | str:
-        choice = decoder or {}  # ComfyUI leaves out a choice that does not exist
-        return host.refusal((_part, choice), (_check_model, model, choice))
+    def validate_inputs(cls, model: str | None = None, *, decoder: dict | None = None) -> bool | str:
+        # ComfyUI reports a fault once for each positional argument; "decoder" comes in any case, without its values
+        return host.refusal((host.check_model, model, Part.VAE))
+
+    @classmethod
+    @host.explains
+    def check_lazy_status(cls, model: str, decoder: dict | None = None, vq=None, **_) -> list[str]:
+        choice = (decoder or {}).get("decoder")  # ComfyUI leaves out a choice that does not exist
+        part = _part({"decoder": choice[0] if isinstance(choice, tuple) else choice})
+        host.check_model(model, part, Part.VAE)
+        return ["vq"] if vq is None else []
 
     @classmethod
     def fingerprint_inputs(cls, model: str, decoder: dict, **_) -> tuple:
         return host.fingerprint(model, _part(decoder), Part.VAE)
 
     @classmethod
-    @host.explains_imports
+    @host.explains
     def execute(cls, vq, model, decoder, guidance, seed, upscale) -> io.NodeOutput:
+        model = host.model_of_codes(model, vq)
         part, sampler = _part(decoder), Sampler(decoder.get("sampler", Sampler.ODE.value))
         options = DecodeOptions(decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"))
         checkpoint = host.checkpoint(model, part, Part.VAE)
         check_decode(checkpoint, part, vq)
+        for grid in vq:
+            require_same(grid, checkpoint)
         host.warn(checkpoint.image_sizes.doubt_grid("drawing", vq[0]))
         on_step = host.progress()
         decoder = host.image_part(model, part)
@@ -169,7 +192,3 @@ def _part(decoder: dict) -> Part:
     if key not in _PARTS:
         raise RequestError(f"The decoder has to be {' or '.join(_PARTS)}, with the inputs that belong to it.")
     return _PARTS[key]
-
-
-def _check_model(model: str, decoder: dict) -> None:
-    host.check_model(model, _part(decoder), Part.VAE)

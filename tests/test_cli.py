@@ -43,6 +43,11 @@ def test_a_picture_from_a_text_and_its_parameters(run, tmp_path: Path) -> None:
         assert image.size == (256, 256)
         parameters = json.loads(image.text["parameters"])
     assert parameters["prompt"] == "a red circle, 赤い円"
+    assert (parameters["model"], parameters["output"], parameters["codes"]) == (
+        tiny().name,  # names, not where they are on this machine
+        "red.png",
+        "red.safetensors",
+    )
     assert (parameters["seed"], parameters["steps"], parameters["decoder_steps"], parameters["decoder"]) == (
         3,
         4,

@@ -47,6 +47,22 @@ def prepare(image: Image.Image, purpose: Purpose, side: int = 0) -> Image.Image:
     return prepared
 
 
+def prepare_for(sizes: ImageSizes, image: Image.Image, purpose: Purpose, side: int = 0) -> Image.Image:
+    """The picture in the size that a model states for a purpose, or in another that a person gives.
+
+    A model that states a size for understanding was made for that square alone: the picture is scaled to cover it, and the middle is
+    cropped.
+
+    Args:
+        side: as for ``prepare``; 0 is what the model states, and the published rule where it states nothing.
+    """
+    own = own_side(sizes, purpose)
+    if own and not side and use_of(purpose) == "understanding":
+        _check_grid(image, target_size(image, purpose, own), purpose)  # too thin to see anything in the square
+        return ImageOps.fit(to_rgb(image), (own, own), Image.Resampling.BICUBIC)
+    return prepare(image, purpose, side or own)
+
+
 def own_side(sizes: ImageSizes, purpose: Purpose) -> int:
     """The side that a model states for a purpose; 0 where it states none."""
     return getattr(sizes, use_of(purpose))
@@ -67,6 +83,18 @@ def require_side(side: int) -> None:
         raise RequestError(
             f"The size is {side}; it has to be 0 (the model's own) or a multiple of {UNIT} from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels."
         )
+
+
+def side_or_own(side: int) -> int:
+    """A side as a widget gives it, which starts at 0 and steps up: below the smallest it is 0, the model's own.
+
+    Raises:
+        RequestError: as ``require_side``.
+    """
+    if 0 <= side < SMALLEST_SIDE and side % UNIT == 0:
+        return 0
+    require_side(side)
+    return side
 
 
 def fit(image: Image.Image, purpose: Purpose, side: int = 0) -> Image.Image:

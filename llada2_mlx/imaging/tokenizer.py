@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,12 +11,13 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
+from ..checkpoint.codebook import origin
 from ..checkpoint.layout import Checkpoint, Part
 from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid
 from .device import build, default_device, load_module, read_tensors
-from .prepare import PATCH, Purpose, own_side, prepare
+from .prepare import PATCH, Purpose, prepare_for, use_of
 
 
 class ImageTokenizer:
@@ -34,7 +36,7 @@ class ImageTokenizer:
         from transformers import GlmImageVisionConfig, GlmImageVisionModel, GlmImageVQVAE, GlmImageVQVAEConfig
 
         checkpoint.require(Part.IMAGE_TOKENIZER)
-        self.image_sizes = checkpoint.image_sizes
+        self.image_sizes, self.origin = checkpoint.image_sizes, origin(checkpoint)
         name = "image_tokenizer/config.json"
         config = checkpoint.json(name)
         vision, quantiser = (config.get(key) for key in ("vision_config", "vq_config"))
@@ -72,18 +74,24 @@ class ImageTokenizer:
         Raises:
             RequestError: the picture is empty or too thin.
         """
-        return self.encode_prepared([prepare(image, purpose, side or own_side(self.image_sizes, purpose))])[0]
+        return self.encode_prepared([prepare_for(self.image_sizes, image, purpose, side)], use=use_of(purpose))[0]
 
-    def encode_prepared(self, images: Sequence[Image.Image], on_step: OnStep = ignore) -> tuple[VQGrid, ...]:
-        """Encode RGB pictures whose sides are multiples of the patch size (16 px), one after the other: one code a patch."""
+    def encode_prepared(
+        self, images: Sequence[Image.Image], on_step: OnStep = ignore, use: str = ""
+    ) -> tuple[VQGrid, ...]:
+        """Encode RGB pictures whose sides are multiples of the patch size (16 px), one after the other: one code a patch.
+
+        Args:
+            use: what for, as ``use_of`` calls it; the grids carry it.
+        """
         grids = []
         for done, image in enumerate(images, 1):
-            grids.append(self._encode(image))
+            grids.append(self._encode(image, use))
             on_step(Progress("encoding", done, len(images)))
         return tuple(grids)
 
     @torch.inference_mode()
-    def _encode(self, image: Image.Image) -> VQGrid:
+    def _encode(self, image: Image.Image, use: str) -> VQGrid:
         pixels = torch.from_numpy(np.array(image)).to(self.device, torch.float32) / 255
         pixels = ((pixels - 0.5) / 0.5).to(self.vision.dtype)
         patches = rearrange(pixels, "(h p) (w q) c -> (h w) (c p q)", p=PATCH, q=PATCH)
@@ -92,7 +100,7 @@ class ImageTokenizer:
             patches, grid_thw=torch.tensor([[1, height, width]], device=self.device)
         ).last_hidden_state
         codes = self.quantiser.encode(rearrange(features, "(b h w) c -> b c h w", b=1, h=height)).image_tokens
-        return VQGrid(codes.view(height, width).cpu().numpy(), self.codebook_size)
+        return VQGrid(codes.view(height, width).cpu().numpy(), self.codebook_size, replace(self.origin, use=use))
 
 
 class _PositionsOnCPU(nn.Module):

@@ -132,7 +132,7 @@ class Comfy:
 
 def workflow(name: str, **changes: dict) -> dict:
     """A shipped API graph, with inputs of some nodes changed: ``workflow("text_to_image", **{"3": {"seed": 1}})``."""
-    prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())["prompt"]
+    prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
     for node, inputs in changes.items():
         prompt[node]["inputs"] |= inputs
     return prompt

@@ -68,7 +68,7 @@ def test_defaults_are_the_models_own(comfy: Comfy) -> None:
 def test_the_models_that_are_offered(comfy: Comfy) -> None:
     for node in ("LoadLLaDA2Backbone", "SigLIPVQEncode", "ZImageDecode"):
         options = comfy.get(f"/object_info/{node}")[node]["input"]["required"]["model"][1]["options"]
-        assert options == [
+        assert [option for option in options if not option.endswith("own")] == [
             "Shapes (built in)",
             "empty",
             "golden",
@@ -87,7 +87,7 @@ def test_a_model_in_the_hubs_cache_that_extra_model_paths_names(comfy: Comfy, un
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_workflow_runs_to_its_end(comfy: Comfy, name: str) -> None:
     run = ran(comfy.run(workflow(name)))
-    saves = [node for node in workflow(name).values() if node["class_type"] == "SaveImage"]
+    saves = [node for node in workflow(name).values() if node["class_type"] in ("SaveImage", "PreviewImage")]
     images = comfy.images(run)
     assert len(images) == len(saves)
     for path in images:
@@ -207,11 +207,12 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
     """Nodes, inputs and values that exist, in the order of the widgets, and the same graph as the API file."""
     editor = json.loads((WORKFLOWS / f"{name}.json").read_text())
     links = {link[0]: [str(link[1]), link[2]] for link in editor["links"]}
-    graph = {}
+    graph, varied = {}, []
     for node in editor["nodes"]:
-        if node["type"] == "MarkdownNote":
+        if node["type"] in ("MarkdownNote", "LoadImage"):  # a picture of the user's waits beside the graph
             continue
-        required = comfy.get(f"/object_info/{node['type']}")[node["type"]]["input"]["required"]
+        kinds = comfy.get(f"/object_info/{node['type']}")[node["type"]]["input"]
+        required = kinds["required"]
         linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link")}
         values, inputs, pending = list(node["widgets_values"] or []), {}, list(required.items())
         while pending:
@@ -227,7 +228,9 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
             elif isinstance(kind, list) or kind == "COMBO":
                 assert value in (kind if isinstance(kind, list) else options["options"])
             if options.get("control_after_generate"):
-                assert values.pop(0) == "fixed"
+                varied.append(values.pop(0))
+        for key in set(linked) & set(kinds.get("optional", {})):
+            inputs[key] = linked.pop(key)
         assert not linked
         if node["type"] != "PreviewAny":  # keeps what it showed
             assert not values
@@ -236,21 +239,56 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
         key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in workflow(name).items()
     }
     (note,) = [node for node in editor["nodes"] if node["type"] == "MarkdownNote"]
+    assert varied.count("randomize") == 1  # Run again draws a variation: the last decoder's seed
     needs_a_picture = any(node["class_type"] == "SigLIPVQEncode" for node in graph.values())
     assert ("Load Image" in note["widgets_values"][0]) == needs_a_picture
+    assert any(node["type"] == "LoadImage" for node in editor["nodes"]) == needs_a_picture
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", [100, 255, 300, 8192, -64, 64])
-def test_a_bad_size_is_refused_when_queueing(comfy: Comfy, side: int) -> None:
+def faults(said: str) -> list[tuple[str, str]]:
+    """Node and widget of each error in a refusal."""
+    nodes = json.loads(said)["node_errors"].items()
+    return [(node, error["extra_info"]["input_name"]) for node, errors in nodes for error in errors["errors"]]
+
+
+@pytest.mark.parametrize(("side", "sentence"), [(8192, "bigger than max of 8128"), (-64, "smaller than min of 0")])
+def test_a_size_out_of_bounds_is_one_error_on_its_widget(comfy: Comfy, side: int, sentence: str) -> None:
     for name in ("width", "height"):
         said = comfy.refused(workflow("text_to_image", **{"2": {name: side}}))
-        assert (
-            f"The {name} is {side}; it has to be 0 (the model's own size) or a multiple of 64 from 256 to 8128 pixels."
-            in said
-        )
+        assert sentence in said and faults(said) == [("2", name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "inputs"),
+    [
+        ("text_to_image", "2", {"prompt": " "}),
+        ("text_to_image", "1", {"model": "gone"}),
+        ("text_to_image", "3", {"model": "gone"}),
+        ("picture_codes_picture", "4", {"model": "gone"}),
+    ],
+)
+def test_one_fault_is_one_error_on_its_widget(comfy: Comfy, name: str, node: str, inputs: dict) -> None:
+    prompt = workflow(name, **{node: inputs})
+    if name == "picture_codes_picture":
+        del prompt["6"]
+    assert faults(comfy.refused(prompt)) == [(node, *inputs)]
+
+
+@pytest.mark.parametrize("side", [100, 255, 300])
+def test_a_size_between_the_steps_is_refused_before_anything_is_drawn(comfy: Comfy, side: int) -> None:
+    for name in ("width", "height"):
+        run = comfy.run(workflow("text_to_image", **{"2": {name: side}}))
+        sentence = f"The {name} is {side}; it has to be 0 (the model's own size) or a multiple of 64 from 256 to 8128"
+        assert sentence in failed(run, "2") and not run.progress
+        assert any(sentence in text for node, text in run.texts if node == "2")
+
+
+def test_stepping_up_from_0_goes_through_no_forbidden_size(comfy: Comfy) -> None:
+    for side in (64, 192):
+        ran(comfy.run(workflow("text_to_image", **{"2": {"width": side, "height": side}})))
 
 
 @pytest.mark.parametrize(
@@ -259,17 +297,13 @@ def test_a_bad_size_is_refused_when_queueing(comfy: Comfy, side: int) -> None:
         ("text_to_image", "2", {"prompt": "  "}, "The prompt is empty."),
         ("ask_about_a_picture", "5", {"question": ""}, "The question is empty."),
         ("edit_a_picture", "5", {"instruction": "\n"}, "The instruction is empty."),
-        ("ask_about_a_picture", "4", {"size": 100}, "The size is 100"),
         ("text_to_image", "1", {"model": "gone"}, "There is no model 'gone'. There are: Shapes"),
         ("text_to_image", "1", {"model": "empty"}, "has no complete backbone"),
-        ("text_to_image", "3", {"model": "partial"}, "has no complete turbo decoder: decoder-turbo/config.json"),
         ("picture_codes_picture", "4", {"model": "empty"}, "has no complete image tokenizer"),
         ("text_to_image", "2", {"steps": 0}, "smaller than min"),
         ("text_to_image", "1", {"precision": "int3"}, "not in"),
-        ("text_to_image", "2", {"width": "wide"}, "The width is wide; it has to be 0"),
-        ("text_to_image", "3", {"decoder": "huge"}, "The decoder has to be full or turbo"),
-        ("text_to_image", "3", {"decoder": None}, "The decoder has to be full or turbo"),
-        ("text_to_image", "3", {"decoder": ["1", 0]}, "The decoder has to be full or turbo"),
+        ("text_to_image", "2", {"width": "wide"}, "Failed to convert an input value to a INT value"),
+        ("text_to_image", "3", {"model": "empty"}, "has no complete VAE"),
         ("text_to_image", "1", {"model": ["not", "a", "name"]}, "must be a length-2 list"),
         ("text_to_image", "1", {"model": {"a": 1}}, "There is no model {'a': 1}"),
     ],
@@ -278,13 +312,55 @@ def test_what_can_be_checked_is_refused_when_queueing(
     comfy: Comfy, name: str, node: str, inputs: dict, sentence: str
 ) -> None:
     prompt = workflow(name, **{node: inputs})
-    before = {"edit_a_picture": "7", "picture_codes_picture": "6"}.get(name)
+    before = {"ask_about_a_picture": "9", "edit_a_picture": "7", "picture_codes_picture": "6"}.get(name)
     prompt.pop(before, None)  # saves the first picture, which nothing is wrong with, and ComfyUI would run that much
     assert sentence in comfy.refused(prompt)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"model": "partial"}, "has no complete turbo decoder: decoder-turbo/config.json"),
+        ({"decoder": "huge"}, "The decoder has to be full or turbo"),
+        ({"decoder": None}, "The decoder has to be full or turbo"),
+    ],
+)
+def test_a_decoder_that_cannot_be_used_is_refused_before_anything_is_drawn(
+    comfy: Comfy, unique: str, inputs: dict, sentence: str
+) -> None:
+    run = comfy.run(workflow("text_to_image", **{"2": {"prompt": unique}, "3": inputs}))
+    assert sentence in failed(run, "3") and "2" not in run.executed
+
+
+def test_the_model_is_chosen_once(comfy: Comfy, unique: str) -> None:
+    own = {"4": {"model": "the backbone's own", "backbone": ["1", 0]}, "6": {"model": "the codes' own"}}
+    elsewhere = {"1": {"model": "models--someone--shapes"}, "3": {"model": "the codes' own"}, **own}
+    run = ran(comfy.run(workflow("edit_a_picture", **{"2": {"prompt": unique}, **elsewhere})))
+    assert len(comfy.images(run)) == 2
+    prompt = workflow("edit_a_picture", **own)
+    del prompt["4"]["inputs"]["backbone"]
+    assert "No backbone is linked" in failed(comfy.run(prompt), "4")
+
+
+def test_a_model_with_as_many_codes_of_another_kind_is_refused(comfy: Comfy, unique: str) -> None:
+    folder = comfy.base / "models/llada2/stranger"
+    (folder / "image_tokenizer").mkdir(parents=True)
+    for part in BUILT_IN.iterdir():
+        if part.name != "image_tokenizer":
+            (folder / part.name).symlink_to(part)
+    for part in (BUILT_IN / "image_tokenizer").iterdir():
+        if part.suffix != ".safetensors":
+            (folder / "image_tokenizer" / part.name).symlink_to(part)
+    weights = load_file(BUILT_IN / "image_tokenizer/image_tokenizer.safetensors")
+    name = "model.vqmodel.quantize.embedding.weight"
+    save_file(weights | {name: -weights[name]}, folder / "image_tokenizer/image_tokenizer.safetensors")
+    run = comfy.run(workflow("text_to_image", **{"2": {"prompt": unique}, "3": {"model": "stranger"}}))
+    assert "stranger has another codebook. Use one model for all nodes" in failed(run, "3")
+
+
 def test_the_other_parts_of_an_incomplete_model_work(comfy: Comfy) -> None:
-    ran(comfy.run(workflow("text_to_image", **{"1": {"model": "partial"}})))
+    chosen = {"1": {"model": "partial"}, "3": {"model": "Shapes (built in)"}}  # a copy has the same codes
+    ran(comfy.run(workflow("text_to_image", **chosen)))
 
 
 def failed(run: Run, node: str) -> str:
@@ -305,7 +381,39 @@ def test_a_size_that_the_model_was_not_made_for_is_warned_of(comfy: Comfy, uniqu
     for node in ("2", "3"):
         assert any("made for drawing at 256 x 256" in text for name, text in run.texts if name == node)
     run = ran(comfy.run(workflow("ask_about_a_picture", **{"2": {"prompt": unique}, "4": {"size": 128}})))
-    assert any("made for understanding at 256 x 256" in text for name, text in run.texts if name == "4")
+    for node in ("4", "5"):
+        assert any("made for understanding at 256 x 256" in text for name, text in run.texts if name == node)
+    run = comfy.run(workflow("ask_about_a_picture", **{"2": {"prompt": unique}, "4": {"size": 132}}))
+    assert "The size is 132; it has to be" in failed(run, "4")
+
+
+def test_a_warning_goes_when_it_no_longer_holds(comfy: Comfy, unique: str) -> None:
+    asked = {"2": {"prompt": unique, "width": 512, "steps": 1}, "3": {"decoder.steps": 2}}
+    ran(comfy.run(workflow("text_to_image", **asked)))
+    asked["2"]["width"] = 256
+    run = ran(comfy.run(workflow("text_to_image", **asked)))
+    for node in ("2", "3"):
+        assert {text for name, text in run.texts if name == node} == {" "}  # one space clears
+
+
+def test_texts_go_to_the_client_of_the_prompt_alone(comfy: Comfy, unique: str) -> None:
+    prompt = workflow("text_to_image", **{"2": {"prompt": unique, "width": 512, "steps": 1}})
+    onlooker = Comfy(int(comfy.address.partition(":")[2]), comfy.base, comfy.log_path)
+    texts = []
+
+    def queue(kind: str, data: dict) -> None:
+        if kind == "execution_start" and not texts:
+            texts.append(onlooker.post("/prompt", {"prompt": prompt})["prompt_id"])  # no client, as from curl
+
+    ran(comfy.run(workflow("text_to_image", **{"2": {"prompt": f"{unique} 2"}}), queue))
+    run = ran(comfy.run(workflow("text_to_image", **{"2": {"prompt": f"{unique} 3"}})))  # waits for the one before
+    assert onlooker._history(texts[0])["status"]["status_str"] == "success"
+    assert not [text for _, text in run.texts if "made for" in text]
+
+
+def test_an_error_is_a_sentence_on_its_node(comfy: Comfy) -> None:
+    run = comfy.run(workflow("text_to_image", **{"3": {"model": "golden"}}))
+    assert any("The grid was made by a model" in text for name, text in run.texts if name == "3")
 
 
 def test_linked_text_is_checked_first_thing_in_the_run(comfy: Comfy) -> None:

@@ -11,7 +11,17 @@ from PIL import Image
 from llada2_mlx.checkpoint.sizes import ImageSizes
 from llada2_mlx.errors import RequestError
 from llada2_mlx.imaging.pixels import to_images
-from llada2_mlx.imaging.prepare import Purpose, centre_crop, edit_size, own_side, prepare, to_rgb, understand_size
+from llada2_mlx.imaging.prepare import (
+    Purpose,
+    centre_crop,
+    edit_size,
+    own_side,
+    prepare,
+    prepare_for,
+    side_or_own,
+    to_rgb,
+    understand_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -158,3 +168,29 @@ def test_a_model_states_its_own_sides() -> None:
     assert own_side(ImageSizes(), Purpose.EDIT) == 0
     assert sizes.doubt("editing", 128, 128) is None and ImageSizes().doubt("editing", 999, 1) is None
     assert "made for editing at 128 x 128 pixels, and this is 256 x 256" in sizes.doubt("editing", 256, 256)
+
+
+def test_a_model_that_states_its_size_for_understanding_gets_exactly_that() -> None:
+    for size in ((300, 200), (200, 350), (2000, 1500)):
+        picture = Image.new("RGB", size)
+        assert prepare_for(ImageSizes(understanding=256), picture, Purpose.UNDERSTAND).size == (256, 256)
+        assert prepare_for(ImageSizes(), picture, Purpose.UNDERSTAND).size == prepare(picture, Purpose.UNDERSTAND).size
+    assert prepare_for(ImageSizes(understanding=256), picture, Purpose.UNDERSTAND, 512).size != (256, 256)
+
+
+def test_stepping_up_from_0_goes_through_no_forbidden_side() -> None:
+    assert [side_or_own(side) for side in (0, 32, 96, 128, 160)] == [0, 0, 0, 128, 160]
+    for side in (-32, 100, 4096):
+        with pytest.raises(RequestError, match=f"The size is {side}"):
+            side_or_own(side)
+
+
+def test_what_a_mask_covers_becomes_white() -> None:
+    pixels, mask = torch.zeros(2, 4, 4, 3), torch.zeros(1, 4, 4)
+    mask[:, :2] = 1
+    for picture in to_images(pixels, mask):
+        assert [picture.getpixel((0, row)) for row in (0, 3)] == [(255, 255, 255), (0, 0, 0)]
+    # what ComfyUI gives with a picture that has no transparency
+    assert [np.asarray(picture).max() for picture in to_images(pixels, torch.zeros(1, 64, 64))] == [0, 0]
+    with pytest.raises(RequestError, match="does not fit 2 pictures"):
+        to_images(pixels, torch.zeros(3, 4, 4))

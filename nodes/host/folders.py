@@ -1,0 +1,110 @@
+"""The model folders that ComfyUI knows, and the checkpoint behind a name of the list."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import folder_paths
+
+from ...llada2_mlx.checkpoint.layout import BUILT_IN as BUILT_IN_FOLDER
+from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint, Part, model_folders, resolve
+from ...llada2_mlx.errors import CheckpointError, RequestError
+from ...llada2_mlx.vq import VQGrid
+from .progress import progress
+
+if TYPE_CHECKING:
+    from .memory import ManagedBackbone
+
+BUILT_IN = "Shapes (built in)"
+CODES, BACKBONES = "the codes' own", "the backbone's own"  # what a model list offers beside names
+_FOLDER = "llada2"
+
+folder_paths.add_model_folder_path(_FOLDER, os.path.join(folder_paths.models_dir, _FOLDER))
+
+
+def model_names() -> list[str]:
+    """What a model list offers: the built-in default, the folders under ``models/llada2``, the hub's model."""
+    return [BUILT_IN, *sorted(_folders()), HUB_MODEL]
+
+
+def checkpoint(model: str, *parts: Part) -> Checkpoint:
+    """The checkpoint behind a name of the list, with ``parts`` in it; the hub's model is downloaded where it is not yet.
+
+    Raises:
+        CheckpointError: there is no such model, or it lacks a part.
+    """
+    folders = _folders() | {BUILT_IN: BUILT_IN_FOLDER}
+    if model not in [*folders, HUB_MODEL]:
+        raise CheckpointError(
+            f"There is no model {model!r}. There are: {', '.join(model_names())}. Put a model folder into models/{_FOLDER}."
+        )
+    if model in folders:
+        return resolve(folders[model], *parts)
+    return resolve(model, *parts, on_step=progress())
+
+
+def check_model(model: str, *parts: Part) -> None:
+    """Like ``checkpoint``, when queueing: the hub's model is not looked at, because that could take long."""
+    if model not in (HUB_MODEL, CODES, BACKBONES):
+        checkpoint(model, *parts)
+
+
+def fingerprint(model: str, *parts: Part) -> tuple:
+    """The state of the files of some parts: it changes when they are replaced, and with nothing else."""
+    if model in (CODES, BACKBONES):  # whichever it will be
+        return tuple((name, fingerprint(name, *parts)) for name in _folders())
+    folder = _folders().get(model)
+    if folder is None:
+        return ()
+    files = {path for part in parts for path in Checkpoint(folder).files(part)}
+    stats = [(str(path.relative_to(folder)), path.stat()) for path in sorted(files)]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def named(model: str, grids: Sequence[VQGrid]) -> tuple[VQGrid, ...]:
+    """Grids that carry the name by which a model list calls the model that made them."""
+    return tuple(replace(grid, origin=replace(grid.origin, model=model)) for grid in grids)
+
+
+def model_of_codes(model: str, grids: Sequence[VQGrid]) -> str:
+    """The model that is chosen, or that codes carry where "the codes' own" is.
+
+    Raises:
+        RequestError: the codes do not say.
+    """
+    own = grids[0].origin.model
+    if model == CODES and not own:
+        raise RequestError("The codes do not say which model they are of. Choose the model.")
+    return own if model == CODES else model
+
+
+def model_of_backbone(model: str, backbone: ManagedBackbone | None) -> str:
+    """The model that is chosen, or that a linked backbone has where "the backbone's own" is.
+
+    Raises:
+        RequestError: no backbone is linked.
+    """
+    if model != BACKBONES:
+        return model
+    if backbone is None:
+        raise RequestError("No backbone is linked. Link Load LLaDA2 Backbone to this node, or choose the model.")
+    return backbone.source
+
+
+def _folders() -> dict[str, Path]:
+    found, problems = model_folders(map(Path, folder_paths.get_folder_paths(_FOLDER)))
+    for problem in problems:
+        _log_once(problem)
+    return found
+
+
+@cache
+def _log_once(sentence: str) -> None:
+    """The folders are looked at again and again."""
+    logging.warning("ComfyUI-LLaDA2-MLX: %s", sentence)

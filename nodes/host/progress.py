@@ -1,0 +1,103 @@
+"""What the running node shows: its bar and its texts; and how a person ends its work."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from comfy import model_management
+from comfy.utils import ProgressBar
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ...llada2_mlx.progress import amount
+from ...llada2_mlx.vq import VQGrid, picture_seed
+from .dependencies import explains_imports
+
+if TYPE_CHECKING:
+    from ...llada2_mlx.progress import OnStep, Progress
+
+_TEXT_INTERVAL = 0.1  # seconds between two texts sent to the canvas
+
+
+def progress(item: int = 0, items: int = 1) -> OnStep:
+    """An ``OnStep`` that moves the running node's bar and ends the work when the user cancels.
+
+    Args:
+        item, items: which of how many equal pieces of work this is.
+    """
+    bar, phase, show = ProgressBar(1), "", progress_text()
+
+    def step(at: Progress) -> None:
+        nonlocal bar, phase
+        model_management.throw_exception_if_processing_interrupted()
+        if at.phase != phase:  # a bar does not go back
+            bar, phase = ProgressBar(1), at.phase
+        bar.update_absolute(item * at.total + at.done, items * at.total)
+        if at.in_bytes:  # it takes so long that a person wants to know how much is left
+            show(f"{at.phase}: {amount(at.done)} of {amount(at.total)}", final=at.done == at.total)
+
+    return step
+
+
+def pictures(grids: tuple[VQGrid, ...], seed: int) -> Iterator[tuple[VQGrid, int, OnStep]]:
+    """Each grid of a batch, with the seed and the ``OnStep`` of its own."""
+    for index, grid in enumerate(grids):
+        yield grid, picture_seed(seed, index), progress(index, len(grids))
+
+
+def progress_text() -> Callable[..., None]:
+    """A function that shows a growing text on the running node; with ``final=True`` at once, else not too often."""
+    last = 0.0
+
+    def show(text: str, final: bool = False) -> None:
+        nonlocal last
+        if final or time.monotonic() - last >= _TEXT_INTERVAL:
+            last = time.monotonic()
+            _write(text)
+
+    return show
+
+
+def tell(sentence: str | None, level: int = logging.INFO, shown: str = "{}") -> None:
+    """Show a sentence on the running node, and write it to the log; None is nothing to tell."""
+    if sentence is None:
+        return
+    logging.log(level, "ComfyUI-LLaDA2-MLX: %s", sentence)
+    _write(shown.format(sentence))
+
+
+def warn(sentence: str | None) -> None:
+    """The same for a warning."""
+    tell(sentence, logging.WARNING, "Warning: {}")
+
+
+def explains(execute: Callable) -> Callable:
+    """For a node's ``execute``: clears what the node showed of an earlier run, and shows why this one failed."""
+    explained = explains_imports(execute)
+
+    @functools.wraps(execute)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        _write(" ")  # the canvas ignores an empty text
+        try:
+            return explained(*args, **kwargs)
+        except Exception as error:  # not an interruption, which is no Exception
+            _write(str(error))
+            raise
+
+    return wrapper
+
+
+def _write(text: str) -> None:
+    """Show a text on the running node, to the client that queued the prompt.
+
+    A text without a client goes to everyone, and lands on whatever node of another graph has the same number.
+    """
+    context = get_executing_context()
+    if (
+        context is not None and (client := PromptServer.instance.client_id) is not None
+    ):  # outside a run there is no server
+        PromptServer.instance.send_progress_text(text, context.node_id, client)
