@@ -1,0 +1,88 @@
+"""The VAE: its type, its tiles, and what it says of numbers that are none. Parity is in test_parity.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import tiny
+
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
+from llada2_mlx.errors import LLaDA2Error
+from llada2_mlx.imaging import vae as module
+from llada2_mlx.imaging.tokenizer import _PositionsOnCPU
+from llada2_mlx.imaging.vae import TILE, VAE
+
+CPU = torch.device("cpu")
+
+
+def latents(side: int) -> torch.Tensor:
+    return torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("upcast", "expected"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_it_runs_in_float32_where_its_config_says_so(tmp_path: Path, upcast: bool, expected: torch.dtype) -> None:
+    folder = Path(shutil.copytree(tiny(), tmp_path / "model"))
+    config = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps(config | {"force_upcast": upcast}))
+    assert VAE(Checkpoint(folder), CPU).model.dtype == expected
+
+
+def test_tiles_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes' VAE on smooth latents, in tiles of 128 pixels and at once: the steps between neighbours are alike."""
+    whole = VAE(Checkpoint(BUILT_IN), CPU)
+    monkeypatch.setattr(module, "TILE", 128)
+    tiled = VAE(Checkpoint(BUILT_IN), CPU)
+    smooth = torch.nn.functional.interpolate(latents(6), size=(32, 32), mode="bicubic")
+    at_once, in_tiles = whole.decode(smooth), tiled.decode(smooth)
+    assert at_once.shape == in_tiles.shape == (1, 256, 256, 3)
+    steps = lambda pixels: pixels.diff(dim=2).abs().mean(dim=(0, 1, 3))
+    assert (steps(in_tiles) - steps(at_once)).max() < 0.02
+
+
+def test_a_picture_of_1024_is_not_cut_and_a_larger_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, sizes = VAE(Checkpoint(tiny()), CPU), []
+    handle = vae.model.decoder.register_forward_hook(lambda _, inputs, __: sizes.append(tuple(inputs[0].shape[-2:])))
+    vae.decode(latents(128))
+    assert sizes == [(128, 128)]
+    sizes.clear()
+    assert vae.decode(latents(136)).shape == (1, 1088, 1088, 3)
+    handle.remove()
+    assert len(sizes) == 4 and max(max(size) for size in sizes) == TILE // 8
+
+
+def test_what_it_needs_to_work_is_bounded_by_a_tile() -> None:
+    small, large = (VAE.working_bytes(torch.empty(1, 16, side, side)) for side in (64, 256))
+    assert small == (4096 + 36) * 512**2
+    assert large == 4096 * TILE**2 + 36 * 2048**2
+
+
+def test_pixels_that_are_not_finite_are_no_picture() -> None:
+    vae = VAE(Checkpoint(tiny()), CPU)
+    vae.model.decoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(LLaDA2Error, match="The VAE gave values that are not finite"):
+        vae.decode(latents(8))
+
+
+def test_pixels_can_be_used_with_autograd() -> None:
+    pixels = VAE(Checkpoint(tiny()), CPU).decode(latents(8))
+    assert not pixels.is_inference()
+    (pixels * torch.ones(1, requires_grad=True)).sum().backward()
+
+
+def test_positions_are_interpolated_on_the_cpu() -> None:
+    from llada2_mlx.imaging.tokenizer import ImageTokenizer
+
+    assert isinstance(ImageTokenizer(Checkpoint(tiny()), CPU).vision.embeddings, _PositionsOnCPU)
+    seen = []
+
+    class Embeddings(torch.nn.Module):
+        def forward(self, patches: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+            seen.append((patches.device.type, place.device.type))
+            return patches
+
+    found = _PositionsOnCPU(Embeddings())(torch.zeros(3, 4, device="meta"), torch.zeros(2, device=CPU))
+    assert found.device.type == "meta" and seen == [("cpu", "cpu")]
