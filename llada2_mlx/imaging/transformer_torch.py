@@ -130,9 +130,9 @@ class Decoder:
     def working_bytes(self, grid: VQGrid, upscale: int) -> int:
         """About what ``sample`` takes in memory beside the weights; pictures of a batch run one after the other.
 
-        A main layer of the published width, measured on the CPU in bf16 with 1,024 and 2,048 tokens, takes 42 values a token
-        and unit of width at its peak; attention of its own kind on MPS before PyTorch 2.13 adds two matrices of scores in
-        float32.
+        An estimate from the shapes in a main layer, not measured: 42 values a token and unit of width (queries, keys, values,
+        their rotated copies in float32, and three of the feed-forward layer); on MPS before PyTorch 2.13 two matrices of
+        scores in float32 besides.
         """
         codes = grid.height * grid.width
         tokens = 4 * codes + codes * upscale**2  # of the condition, and of the picture: a token is 16 x 16 pixels
