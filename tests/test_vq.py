@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from synthetic import tiny
 
+from llada2_mlx.checkpoint.codebook import origin
+from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.errors import RequestError
 from llada2_mlx.vq import VQGrid, picture_seed
 
@@ -105,3 +109,10 @@ def test_a_write_that_fails_leaves_what_was_there(
 
 def test_the_seeds_of_a_batch() -> None:
     assert [picture_seed(2**64 - 1, index) for index in range(2)] == [2**64 - 1, 0]
+
+
+def test_a_hidden_companion_does_not_hide_whose_codes_they_are(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny(), tmp_path / "model"))
+    known = origin(Checkpoint(folder))
+    (folder / "image_tokenizer/._image_tokenizer.safetensors").write_bytes(bytes(4096))
+    assert known.vectors and origin(Checkpoint(folder)) == known

@@ -224,7 +224,7 @@ def _summed(path: Path) -> str:
         return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), 10**8))).hexdigest()
 
 
-_OWN = re.compile(r"model[^/]*\.safetensors(\.index\.json)?|config\.json|tokenizer[^/]*|\.\d+-[0-9a-f]+\.partial")
+_OWN = re.compile(rf"model[^/]*\.safetensors(\.index\.json)?|config\.json|tokenizer[^/]*|{_TEMPORARY.pattern}")
 
 
 def _require_own(partial: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..vq import Origin, VQGrid
-from .layout import Checkpoint
+from .layout import Checkpoint, visible
 
 _VECTORS = "model.vqmodel.quantize.embedding.weight"
 _SAMPLES, _SAMPLE_BYTES = 32, 2**16  # what is hashed of a table: enough to tell two trainings apart, at no cost
@@ -22,7 +22,7 @@ _SAMPLES, _SAMPLE_BYTES = 32, 2**16  # what is hashed of a table: enough to tell
 def origin(checkpoint: Checkpoint) -> Origin:
     """What the codes of a model carry. A file that is missing or damaged is left out; its loader says what is wrong."""
     folder = checkpoint.root / "image_tokenizer"
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = visible(folder, "*.safetensors")
     return Origin(
         model=checkpoint.root.name,
         vectors=_fingerprint(weights[0]) if len(weights) == 1 else "",

@@ -97,7 +97,6 @@ def _write(text: str) -> None:
     A text without a client goes to everyone, and lands on whatever node of another graph has the same number.
     """
     context = get_executing_context()
-    if (
-        context is not None and (client := PromptServer.instance.client_id) is not None
-    ):  # outside a run there is no server
+    # outside a run there is no server
+    if context is not None and (client := PromptServer.instance.client_id) is not None:
         PromptServer.instance.send_progress_text(text, context.node_id, client)
