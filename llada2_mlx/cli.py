@@ -14,7 +14,7 @@ from . import __version__, prompts
 from .checkpoint.codebook import require_same
 from .checkpoint.config import PRECISIONS
 from .checkpoint.hub import is_id
-from .checkpoint.layout import BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve
+from .checkpoint.layout import ABSENT, BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve, told
 from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
@@ -120,24 +120,37 @@ def decode(a: argparse.Namespace) -> None:
 
 
 def download(a: argparse.Namespace) -> None:
-    """Get a model from the hub, or the rest of one, and say where it is."""
+    """Get a model from the hub, or the rest of one; check what is there, get what is damaged again, and say where it is."""
     parts = list(PARTS.values()) if "all" in a.parts else [PARTS[name] for name in a.parts]
-    print(_resolve(a, *parts).root)
+    print(_resolve(a, *parts, verify=True).root)
 
 
 def info(a: argparse.Namespace) -> None:
     """Say what a model folder holds."""
     checkpoint = _resolve(a)
     print(f"folder: {checkpoint.root}")
-    for part in Part:
-        missing = checkpoint.missing(part)
-        print(f"{part.value}: {'missing ' + ', '.join(missing) if missing else 'complete'}")
-    if not checkpoint.missing(Part.BACKBONE):
+    states = {part: _state(checkpoint, part) for part in Part}
+    for part, state in states.items():
+        print(f"{part.value}: {state}")
+    if states[Part.BACKBONE] == "complete":
         backbone = _backbone(a, checkpoint)
         print(f"weights: {backbone.size / 1e9:.2f} GB as {backbone.precision}")
         side = checkpoint.image_sizes.drawing or DEFAULT_DRAWING
         print(f"draws: {side} x {side} pixels unless told otherwise")
         print(json.dumps(asdict(backbone.config), indent=1))
+
+
+def _state(checkpoint: Checkpoint, part: Part) -> str:
+    """How complete a part is, in a few words."""
+    try:
+        faults = checkpoint.faults(part)
+    except LLaDA2Error as error:
+        return str(error)
+    if not faults:
+        return "complete"
+    if set(faults.values()) == {ABSENT}:
+        return f"missing {', '.join(faults)}"
+    return f"incomplete: {told(faults)}"
 
 
 def demo(a: argparse.Namespace) -> None:
@@ -191,9 +204,9 @@ class _Bars:
             self.bar.close()
 
 
-def _resolve(a: argparse.Namespace, *parts: Part) -> Checkpoint:
+def _resolve(a: argparse.Namespace, *parts: Part, verify: bool = False) -> Checkpoint:
     with _Bars() as on_step:
-        return resolve(a.model, *parts, on_step=on_step)
+        return resolve(a.model, *parts, on_step=on_step, verify=verify)
 
 
 def _backbone(a: argparse.Namespace, checkpoint: Checkpoint) -> Backbone:

@@ -6,12 +6,25 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, urlsplit
+
+PAGE = b"<!doctype html><html><title>Sign in</title>Welcome to this network. Please sign in.</html>"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What another server than the hub says: a sign-in page, unless told otherwise."""
+
+    status: int = 200
+    content: bytes = PAGE
+    tags: dict[str, str] = field(default_factory=lambda: {"Content-Type": "text/html; charset=utf-8"})
+    length: bool = True  # whether it says how long it is
 
 
 class Hub:
@@ -23,6 +36,8 @@ class Hub:
         cut: name of a file -> after how many bytes of an answer the connection breaks.
         broken: names of files that the server answers with an error.
         pause: seconds to wait after each 4096 bytes of a large file.
+        instead: name of a file, or "api" -> what another server answers in the place of its content.
+        changed: what is made of the hub's description of the model.
     """
 
     def __init__(self, folder: Path, repo: str):
@@ -31,6 +46,8 @@ class Hub:
         self.cut: dict[str, int] = {}
         self.broken: set[str] = set()
         self.pause = 0.0
+        self.instead: dict[str, Answer] = {}
+        self.changed: Callable[[dict], object] = lambda about: about
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
 
@@ -98,7 +115,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             url, asked = urlsplit(self.path), self.headers.get("Range")
             hub.requests.append(f"{self.command} {url.path}{' ' + asked if asked else ''}")
             api, model = f"/api/models/{hub.repo}", f"/{hub.repo}/resolve/"
-            if url.path.startswith("/cdn/"):
+            if url.path == "/sign-in":
+                self.other(Answer())
+            elif url.path.startswith(api) and "api" in hub.instead:
+                self.other(hub.instead["api"])
+            elif url.path.startswith("/cdn/"):
                 self.content(url.path.removeprefix("/cdn/"), {})
             elif url.path.startswith(f"{api}/tree/"):
                 self.json([self.described(name, "path", "oid") | {"type": "file"} for name in hub.names()])
@@ -107,7 +128,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     return self.refuse("RevisionNotFound")
                 blobs = "blobs" in parse_qs(url.query)
                 files = [self.described(n, "rfilename", "blobId") if blobs else {"rfilename": n} for n in hub.names()]
-                self.json({"id": hub.repo, "modelId": hub.repo, "sha": hub.commit, "siblings": files})
+                self.json(hub.changed({"id": hub.repo, "modelId": hub.repo, "sha": hub.commit, "siblings": files}))
             elif url.path.startswith(model):
                 revision, _, name = url.path.removeprefix(model).partition("/")
                 if revision not in ("main", hub.commit):
@@ -137,6 +158,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send(302, b"", tags | {"Location": f"http://localhost:{hub.port}/cdn/{name}"})  # another host
 
         def content(self, name: str, tags: dict[str, str]) -> None:
+            if name in hub.instead and self.command == "GET":
+                return self.other(hub.instead[name])
             content = (hub.folder / name).read_bytes()
             begin = 0
             if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
@@ -144,7 +167,17 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 tags |= {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
             self.send(206 if match else 200, content[begin:], tags, name)
 
-        def json(self, content: list | dict) -> None:
+        def other(self, answer: Answer) -> None:
+            self.send_response(answer.status)
+            length = {"Content-Length": str(len(answer.content))} if answer.length else {"Connection": "close"}
+            for key, value in (answer.tags | length).items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.content)
+            self.close_connection = not answer.length
+
+        def json(self, content: object) -> None:
             self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
         def refuse(self, code: str) -> None:

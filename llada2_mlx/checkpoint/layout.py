@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,14 +77,49 @@ class Checkpoint:
         return sorted(path for pattern in _patterns(part) for path in visible(self.root, pattern))
 
     def missing(self, part: Part) -> list[str]:
-        """The files of ``part`` that this folder lacks, relative to it, some as globs; empty if it is complete."""
-        missing = [pattern for pattern in FILES[part] if not visible(self.root, pattern)]
+        """The files of ``part`` that this folder lacks or has damaged, relative to it, some as globs; empty if it is complete.
+
+        Raises:
+            CheckpointError: the index of the backbone cannot be used.
+        """
+        return list(self.faults(part))
+
+    def faults(self, part: Part) -> dict[str, str]:
+        """What ``missing`` names, each with what is the matter: a predicate, for a person.
+
+        Raises:
+            CheckpointError: as ``missing``.
+        """
+        return self._lacks(part) | self._surplus(part)
+
+    def _lacks(self, part: Part) -> dict[str, str]:
+        lacks = {}
+        for pattern in FILES[part]:
+            if not visible(self.root, pattern):
+                found = [self.root / pattern] if "*" not in pattern else _found(self.root, pattern)
+                faults = [fault for path in found if (fault := _fault(path))]
+                lacks[pattern] = faults[0] if faults else ABSENT
+        needed = [path for pattern in FILES[part] for path in visible(self.root, pattern)]
         if part is Part.BACKBONE:
-            if (self.root / INDEX).exists():
-                missing += sorted(name for name in set(self._weight_map().values()) if not (self.root / name).exists())
-            elif visible(self.root, "model*-of-*.safetensors"):  # shards, of which only the index says how many
-                missing.append(INDEX)
-        return missing
+            if os.path.lexists(self.root / INDEX):
+                shards = [self.root / name for name in sorted(set(self._weight_map().values()))]
+                needed = [path for path in needed if path.suffix != ".safetensors"] + shards
+            else:
+                shards = visible(self.root, "model*.safetensors")
+                if len(shards) > 1 or visible(self.root, "model*-of-*.safetensors"):  # only the index says how many
+                    lacks[INDEX] = ABSENT
+        surplus = [path for pattern in self._surplus(part) for path in visible(self.root, pattern)]
+        faults = {path.relative_to(self.root).as_posix(): _fault(path) for path in needed if path not in surplus}
+        return lacks | {name: fault for name, fault in faults.items() if fault}
+
+    def _surplus(self, part: Part) -> dict[str, str]:
+        """The globs that find several files where one is expected: nobody knows which is meant."""
+        found = {pattern: visible(self.root, pattern) for pattern in FILES[part] if pattern.endswith("/*.safetensors")}
+        return {
+            pattern: f"stands for {len(paths)} files, where exactly one is expected ({_some([p.name for p in paths])})"
+            for pattern, paths in found.items()
+            if len(paths) > 1
+        }
 
     def require(self, *parts: Part) -> Checkpoint:
         """This checkpoint, if it is a folder that has all of ``parts``.
@@ -90,17 +127,20 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such folder, or a part is not in it.
         """
-        if not self.root.is_dir():
+        if not os.path.isdir(self.root):
             raise CheckpointError(f"There is no model folder {self.root}.")
         for part in parts:
-            if missing := self.missing(part):
+            lacks = self._lacks(part)
+            if lacks and ABSENT not in lacks.values():
+                name, fault = next(iter(lacks.items()))
+                raise CheckpointError(f"{self.root / name} {fault}. {hub.again(self.root / name)}")
+            if lacks:
                 raise CheckpointError(
-                    f"The model folder {self.root} has no complete {part.value}: {_some(missing)} is not there. "
-                    f"A folder in the layout of {HUB_MODEL} is needed; download what is missing or choose another model."
+                    f"The model folder {self.root} has no complete {part.value}: {told(lacks)}. A folder in the layout "
+                    f"of {HUB_MODEL} is needed; download what is missing or choose another model."
                 )
-            for pattern in FILES[part]:
-                if pattern.endswith("/*.safetensors"):  # said now, not after the work that comes before the part
-                    self.only_safetensors(pattern.partition("/")[0])
+            for pattern in self._surplus(part):  # said now, not after the work that comes before the part
+                self.only_safetensors(pattern.partition("/")[0])
         return self
 
     def json(self, name: str) -> dict[str, Any]:
@@ -111,9 +151,9 @@ class Checkpoint:
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing.") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from None
+            raise CheckpointError(f"{path} cannot be read as JSON ({error}). {hub.again(path)}") from None
         if not isinstance(content, dict):
-            raise CheckpointError(f"{path} holds no JSON object; download it again.")
+            raise CheckpointError(f"{path} holds no JSON object. {hub.again(path)}")
         return content
 
     @cached_property
@@ -136,7 +176,7 @@ class Checkpoint:
         Raises:
             CheckpointError: what is stated cannot be used.
         """
-        if not (self.root / "config.json").exists():  # a part that was downloaded alone
+        if not os.path.lexists(self.root / "config.json"):  # a part that was downloaded alone
             return ImageSizes()
         try:
             return ImageSizes.from_dict(self.json("config.json").get("image_sizes", {}))
@@ -145,9 +185,9 @@ class Checkpoint:
 
     def backbone_tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the backbone, from the headers of the files that the index names (or of the one file)."""
-        if not (self.root / INDEX).exists():
+        if not os.path.lexists(self.root / INDEX):
             files = visible(self.root, "model*.safetensors")
-            if len(files) > 1:
+            if len(files) != 1:
                 raise CheckpointError(f"{self.root} has {len(files)} weight files but no {INDEX}; download it.")
             return safetensors_header(files[0])
         weight_map = self._weight_map()
@@ -159,18 +199,18 @@ class Checkpoint:
 
     def weight_bytes(self, part: Part) -> int:
         """About what the weights of a part that runs in PyTorch take in memory."""
-        stored = sum(path.stat().st_size for path in self.files(part) if path.suffix in (".safetensors", ".pt"))
+        stored = sum(_size(path) for path in self.files(part) if path.suffix in (".safetensors", ".pt"))
         return 2 * stored if part is Part.VAE else stored  # the VAE runs in float32
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor name -> file name, as the index states it."""
         found = self.json(INDEX).get("weight_map")
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-            raise CheckpointError(f"{self.root / INDEX} has no usable weight_map; download it again.")
+            raise CheckpointError(f"{self.root / INDEX} has no usable weight_map. {hub.again(self.root / INDEX)}")
         if outside := sorted({name for name in found.values() if not _is_plain(name)}):
             raise CheckpointError(
                 f"{self.root / INDEX} names {outside[0]!r}, which is no file of this model. Only files inside the "
-                "model's folder that are not hidden are read; download the index again."
+                f"model's folder that are not hidden are read. {hub.again(self.root / INDEX)}"
             )
         return found
 
@@ -178,14 +218,71 @@ class Checkpoint:
         """The single safetensors file of a sub-folder; releases name it differently."""
         files = visible(self.root / folder, "*.safetensors")
         if len(files) != 1:
-            raise CheckpointError(f"{self.root / folder} has {len(files)} safetensors files; exactly one is expected.")
+            which = f" Keep the model's own one of {_some([path.name for path in files])}." if files else ""
+            raise CheckpointError(
+                f"{self.root / folder} has {len(files)} safetensors files; exactly one is expected.{which}"
+            )
         return files[0]
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """What ``pattern`` finds in ``folder``, sorted. A hidden file is never a model's: macOS and others leave them."""
-    found = folder.glob(pattern)
-    return sorted(path for path in found if not any(n.startswith(".") for n in path.relative_to(folder).parts))
+    """The files that ``pattern`` finds in ``folder``, sorted. A hidden one is never a model's: macOS and others leave them."""
+    return [path for path in _found(folder, pattern) if _is_file(path)]
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """All that ``pattern`` finds in ``folder`` and is not hidden, files or not; nothing where that cannot be read."""
+    with suppress(OSError):
+        found = folder.glob(pattern)
+        return sorted(path for path in found if not any(n.startswith(".") for n in path.relative_to(folder).parts))
+    return []
+
+
+def _is_file(path: Path) -> bool:
+    with suppress(OSError):
+        return stat.S_ISREG(path.stat().st_mode)
+    return False
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+ABSENT = "is not there"
+
+
+def _fault(path: Path) -> str | None:
+    """What can be seen to be the matter with a file without reading it all; None if nothing is."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            return "is no file"
+        return (
+            None if _is_whole(path, about.st_size, about.st_mtime_ns) else "cannot be read: it is truncated or damaged"
+        )
+    except FileNotFoundError:
+        return ABSENT
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+
+
+@lru_cache(1024)
+def _is_whole(path: Path, size: int, changed: int) -> bool:
+    """Whether a file ends where its kind says that it ends; looked at once until its size or its time changes."""
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="numpy"):  # compares the header with the file's length
+                    return True
+            except SafetensorError:
+                return False
+        if path.suffix == ".json":
+            with suppress(ValueError, RecursionError):
+                return json.loads(file.read()) is not None
+            return False
+        return zipfile.is_zipfile(file) if file.read(2) == b"PK" else size > 0  # how PyTorch stores, now and formerly
 
 
 def _is_plain(name: str) -> bool:
@@ -206,7 +303,7 @@ def safetensors_header(path: Path) -> dict[str, TensorInfo]:
             return {name: TensorInfo(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: it is truncated or damaged ({error}). Download it again."
+            f"{path} cannot be read: it is truncated or damaged ({error}). {hub.again(path)}"
         ) from None
 
 
@@ -262,7 +359,7 @@ def _unread(folder: Path, error: Exception) -> str:
     return f"{folder} cannot be read ({reason}), so no model in it is offered. Allow reading it, or remove it."
 
 
-def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore) -> Checkpoint:
+def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore, verify: bool = False) -> Checkpoint:
     """The checkpoint that a person means by ``model``: a folder, or the id of a hub model to download.
 
     Only the files of ``parts`` are downloaded, into the hub's own cache; what is there is taken from there, and then
@@ -270,37 +367,80 @@ def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore) -> Checkp
     model is completed at the revision that the cache has. Only where another program moved the cache on to a newer
     revision, or the hub no longer has the old one, can the two be folders of two revisions.
 
+    A file is taken for whole when it ends where it has to: a safetensors file where its header says so.
+
     Args:
-        on_step: called while something is downloaded; what it raises ends that.
+        on_step: called while something is downloaded or verified; what it raises ends that.
+        verify: read every file that is there of a hub model, of whichever part, and compare it with its sum; what is
+            damaged is downloaded again.
 
     Raises:
         CheckpointError: there is neither such a folder nor such a model, a part is missing in it, or it could not be
             downloaded.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return Checkpoint(hub.snapshot(folder)).require(*parts)
+    folder = _folder(model)
+    if folder is not None:
+        return Checkpoint(folder).require(*parts)
     repo = str(model)
     if not hub.is_id(repo):
-        raise CheckpointError(f"There is no model folder {folder}. Give a folder, or a hub id such as {HUB_MODEL}.")
-    cached = hub.cached(repo)
-    if cached is None:
+        raise CheckpointError(f"There is no model folder {model}. Give a folder, or a hub id such as {HUB_MODEL}.")
+    here = hub.cached(repo)
+    if here is None:
         if not parts:
             raise CheckpointError(f"{repo} is not on this machine. Download it with: llada2-mlx download {repo}")
-        lacking, missing = f"{repo} is not on this machine", [name for part in parts for name in FILES[part]]
+        lacking, doubts = f"{repo} is not on this machine", set()
+        missing = [name for part in parts for name in FILES[part]]
     else:
-        lacks = {part: names for part in parts if (names := Checkpoint(cached).missing(part))}
-        if not lacks:
-            return Checkpoint(cached).require(*parts)
-        listed = "; ".join(f"no complete {part.value}: {_some(names)} is not there" for part, names in lacks.items())
-        lacking, missing = f"{repo} on this machine has {listed}", [name for names in lacks.values() for name in names]
-    patterns = sorted({pattern for part in parts for pattern in _patterns(part)})
-    return Checkpoint(hub.download(repo, patterns, missing, lacking, on_step)).require(*parts)
+        lacks = {part: found for part in parts if (found := _mendable(here, part))}
+        missing = [name for names in lacks.values() for name in names]
+        doubts = _doubts(here, on_step) if verify else set()
+        if not missing and not doubts:
+            return Checkpoint(here).require(*parts)
+        what = [f"no complete {part.value}: {told(names)}" for part, names in lacks.items()]
+        what = what or [f"files that are damaged or have to be compared with the hub's: {_some(sorted(doubts))}"]
+        lacking = f"{repo} on this machine has {'; '.join(what)}"
+    patterns = sorted({pattern for part in parts for pattern in _patterns(part)} | doubts)
+    found = hub.download(repo, patterns, missing, lacking, on_step, doubts | set(missing))
+    return Checkpoint(found).require(*parts)
+
+
+def _folder(model: str | Path) -> Path | None:
+    """The folder of a model that is given as one; None where there is no such folder."""
+    try:
+        folder = Path(model).expanduser()
+        return hub.snapshot(folder) if stat.S_ISDIR(folder.stat().st_mode) else None
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: ~ of nobody
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+
+
+def _mendable(folder: Path, part: Part) -> dict[str, str]:
+    """What a download would mend of a part."""
+    try:
+        return Checkpoint(folder)._lacks(part)
+    except CheckpointError:  # an index that says nothing
+        return {INDEX: "cannot be used"}
+
+
+def _doubts(folder: Path, on_step: OnStep) -> set[str]:
+    """The names of the files in a folder of the hub's cache that are damaged, or that only the hub can tell of."""
+    files = {path for part in Part for path in Checkpoint(folder).files(part)}
+    damaged, unknown = hub.doubtful(folder, sorted(path.relative_to(folder).as_posix() for path in files), on_step)
+    return {*damaged, *([] if hub.is_offline() else unknown)}
 
 
 def _patterns(part: Part) -> tuple[str, ...]:
     """The globs of all that a part may have: what it needs, and the index that a backbone in shards has."""
     return (*FILES[part], INDEX) if part is Part.BACKBONE else FILES[part]
+
+
+def told(faults: dict[str, str]) -> str:
+    """What is the matter with files, for a person: the first few names with each fault."""
+    names: dict[str, list[str]] = {}
+    for name, fault in faults.items():
+        names.setdefault(fault, []).append(name)
+    return "; ".join(f"{_some(each)} {fault}" for fault, each in names.items())
 
 
 def _some(names: list[str], limit: int = 3) -> str:

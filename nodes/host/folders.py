@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -63,8 +64,15 @@ def fingerprint(model: str, *parts: Part) -> tuple:
     if folder is None:
         return ()
     files = {path for part in parts for path in Checkpoint(folder).files(part)}
-    stats = [(str(path.relative_to(folder)), path.stat()) for path in sorted(files)]
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return tuple((str(path.relative_to(folder)), *_stat(path)) for path in sorted(files))
+
+
+def _stat(path: Path) -> tuple[int, ...]:
+    """Size and time of a file; nothing of one that vanished or may not be read, which its loader says."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
+    return ()
 
 
 def named(model: str, grids: Sequence[VQGrid]) -> tuple[VQGrid, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -12,12 +13,12 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import Hub, is_large, serving
+from hub_server import PAGE, Answer, Hub, is_large, serving
 from safetensors.torch import load_file, save_file
 from synthetic import tiny
 
@@ -339,13 +340,397 @@ def test_a_path_in_the_hubs_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
         resolve(model, Part.BACKBONE)
 
 
+# --- what is damaged ----------------------------------------------------------------------------------------------
+
+
+def blob(name: str) -> Path:
+    """Where the cache has a file's content."""
+    return (resolve(HUB_MODEL).root / name).resolve()
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.touch()
+    elif how == "another's":
+        path.write_bytes(bytes(255 - byte for byte in content))
+    elif how == "a bit":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif how == "longer":
+        path.write_bytes(content + b"}")
+    elif how == "loop":
+        path.symlink_to(path)
+    elif how == "broken link":
+        path.symlink_to(path.parent / "nowhere")
+
+
+DAMAGES = ["cut", "empty", "another's", "a bit", "longer", "loop", "broken link", "gone"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", [SHARDS[0], "config.json", "model.safetensors.index.json", PRIOR])
+def test_a_damaged_file_is_downloaded_again_when_a_download_is_asked_for(
+    hub: Hub, published: Path, name: str, how: str
+) -> None:
+    root = resolve(HUB_MODEL, Part.BACKBONE, Part.DECODER).root
+    damage(blob(name), how)
+    hub.requests.clear()
+    assert resolve(HUB_MODEL, Part.BACKBONE, Part.DECODER, verify=True).root == root
+    assert (root / name).read_bytes() == (published / name).read_bytes()
+    assert hub.fetched() == {name}
+    hub.requests.clear()
+    resolve(HUB_MODEL, Part.BACKBONE, Part.DECODER, verify=True)
+    assert not hub.requests  # it is whole
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "another's", "longer", "loop", "broken link", "gone"])
+def test_a_file_that_is_seen_to_be_damaged_is_downloaded_again_by_itself(
+    hub: Hub, published: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    root = resolve(HUB_MODEL, Part.BACKBONE).root
+    damage(blob(SHARDS[1]), how)
+    with monkeypatch.context() as context:
+        offline(context)
+        said = refused(Part.BACKBONE)
+        assert f"no complete backbone: {SHARDS[1]} " in said and "HF_HUB_OFFLINE is set" in said
+    hub.requests.clear()
+    assert resolve(HUB_MODEL, Part.BACKBONE).root == root
+    assert (root / SHARDS[1]).read_bytes() == (published / SHARDS[1]).read_bytes()
+    assert hub.fetched() == {SHARDS[1]}
+
+
+def test_a_damaged_name_is_no_way_around_the_sum(hub: Hub, published: Path) -> None:
+    root = resolve(HUB_MODEL, Part.BACKBONE).root
+    damage(blob(SHARDS[0]), "a bit")
+    (root / SHARDS[0]).unlink()
+    resolve(HUB_MODEL, Part.BACKBONE)
+    assert (root / SHARDS[0]).read_bytes() == (published / SHARDS[0]).read_bytes()
+
+
+def test_a_download_checks_the_parts_that_it_was_not_asked_for(hub: Hub, published: Path) -> None:
+    root, name = resolve(HUB_MODEL, Part.BACKBONE, Part.DECODER).root, "decoder/decoder_model.safetensors"
+    damage(blob(name), "a bit")
+    hub.requests.clear()
+    resolve(HUB_MODEL, Part.BACKBONE, verify=True)
+    assert (root / name).read_bytes() == (published / name).read_bytes() and hub.fetched() == {name}
+
+
+def test_a_damaged_file_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve(HUB_MODEL, Part.VAE)
+    damage(blob("vae/config.json"), "a bit")
+    offline(monkeypatch)
+    with pytest.raises(CheckpointError, match="damaged .*vae/config.json, and HF_HUB_OFFLINE is set"):
+        resolve(HUB_MODEL, Part.VAE, verify=True)
+
+
+@pytest.mark.parametrize("place", ["blob", "name", "partial"])
+def test_a_folder_in_the_place_of_a_file_stays(hub: Hub, place: str) -> None:
+    root, name = resolve(HUB_MODEL, Part.VAE).root, "vae/diffusion_pytorch_model.safetensors"
+    content = blob(name)
+    folder = {"blob": content, "name": root / name, "partial": content.with_name(f"{content.name}.incomplete")}[place]
+    content.unlink()
+    folder.unlink(missing_ok=True)
+    folder.mkdir()
+    (folder / "mine").touch()
+    for verify in (False, True):
+        with pytest.raises(CheckpointError, match=f"{folder} cannot be written .* Change that and try again"):
+            resolve(HUB_MODEL, Part.VAE, verify=verify)
+    assert (folder / "mine").exists()
+    shutil.rmtree(folder)
+    resolve(HUB_MODEL, Part.VAE)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_a_cache_that_says_nothing(hub: Hub, content: bytes | None) -> None:
+    main = resolve(HUB_MODEL, Part.VAE).root.parent.parent / "refs/main"
+    main.unlink()
+    main.mkdir() if content is None else main.write_bytes(content)
+    assert "cannot be read" in refused(Part.VAE)
+
+
+def test_a_name_that_leads_elsewhere(hub: Hub, published: Path, tmp_path: Path) -> None:
+    root, name = resolve(HUB_MODEL, Part.VAE).root, "vae/config.json"
+    (tmp_path / "mine.json").write_text("{}")
+    (root / name).unlink()
+    (root / name).symlink_to(tmp_path / "mine.json")
+    resolve(HUB_MODEL, Part.VAE, verify=True)
+    assert (root / name).read_bytes() == (published / name).read_bytes()
+    assert (tmp_path / "mine.json").read_text() == "{}"
+
+
+# --- a disk without links -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("os.symlink", refuse)
+    monkeypatch.setattr("huggingface_hub.file_download._are_symlinks_supported_in_dir", {})
+
+
+def test_without_links_a_file_is_stored_once(hub: Hub, published: Path, tmp_path: Path, without_links: None) -> None:
+    root = resolve(HUB_MODEL, *Part).root
+    wanted = {name: (published / name).read_bytes() for name in set().union(*PARTS.values())}
+    assert {name: (root / name).read_bytes() for name in files(root)} == wanted
+    stored = [path for path in (tmp_path / "cache/models--inclusionAI--LLaDA2.0-Uni").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in stored) == sum(map(len, wanted.values())) + len("a" * 40)
+    hub.requests.clear()
+    assert resolve(HUB_MODEL, *Part).root == root and not hub.requests
+
+
+@pytest.mark.parametrize("how", DAMAGES[:5])
+def test_without_links_a_damaged_file_is_downloaded_again(
+    hub: Hub, published: Path, without_links: None, how: str
+) -> None:
+    root = resolve(HUB_MODEL, Part.BACKBONE, Part.VAE).root
+    for name in (SHARDS[0], "vae/config.json"):
+        damage(root / name, how)
+    hub.requests.clear()
+    resolve(HUB_MODEL, Part.BACKBONE, verify=True)
+    assert hub.fetched() == {SHARDS[0], "vae/config.json"}
+    for name in hub.fetched():
+        assert (root / name).read_bytes() == (published / name).read_bytes()
+
+
+FULL = """
+import errno, os, resource, sys
+from llada2_mlx.cli import main
+
+def refuse(*_, **__):
+    raise OSError(errno.ENOTSUP, "Operation not supported")
+
+if sys.argv[1] == "no links":
+    os.symlink = refuse
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))  # as a disk that is full after so much of each file
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("links", ["links", "no links"])
+def test_a_disk_that_fills_up(hub: Hub, published: Path, tmp_path: Path, links: str) -> None:
+    home, words = tmp_path / "home", ("download", "--parts", "backbone")
+    limit = (published / SHARDS[1]).stat().st_size - 5000
+    done = python(hub, home, "-c", FULL, links, str(limit), *words, capture_output=True)
+    assert done.returncode == 1 and "cannot be written (File too large)" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "what has arrived is kept" in done.stderr
+    named = [path for path in home.rglob("snapshots/*/*.safetensors") if path.name == SHARDS[1]]
+    assert not named
+    hub.requests.clear()
+    done = python(hub, home, "-c", FULL, links, "1000000000", *words, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    for shard in SHARDS:
+        assert (Path(done.stdout.strip()) / shard).read_bytes() == (published / shard).read_bytes()
+    assert hub.ranges(SHARDS[1])[0] > 0
+
+
+# --- answers that are not the hub's -------------------------------------------------------------------------------
+
+REDIRECT = Answer(302, b"", {"Location": "/sign-in"})
+
+
+def kept(cache: Path) -> list[Path]:
+    """What the cache holds of a sign-in page, or anything at all that is no lock."""
+    found = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return [path for path in found if b"Sign in" in path.read_bytes() or not path.stat().st_size]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(Answer(status) for status in (200, 201, 203, 400, 401, 403, 404, 407, 429, 500, 503, 511)),
+        *(Answer(status, b"Please sign in", {"Content-Type": "text/plain"}) for status in (200, 401, 403, 404, 511)),
+        *(Answer(status, b'{"login": "here"}', {"Content-Type": "application/json"}) for status in (200, 401, 404)),
+        REDIRECT,
+        Answer(302, b"", {"Location": "/api/models/inclusionAI/LLaDA2.0-Uni"}),
+        Answer(302, b"", {}),
+        Answer(204, b"", {}),
+        Answer(200, b"", {}),
+    ],
+    ids=lambda answer: f"{answer.status} {answer.tags.get('Content-Type') or answer.tags.get('Location', '')}",
+)
+def test_a_sign_in_page_in_place_of_the_hub(hub: Hub, tmp_path: Path, answer: Answer) -> None:
+    hub.instead["api"] = answer
+    said = refused(Part.VAE)
+    assert "is not on this machine, and it could not be downloaded: what answered for" in said
+    assert "is not the hub" in said and "sign in and try again" in said
+    assert not kept(tmp_path / "cache")
+    hub.instead.clear()
+    resolve(HUB_MODEL, Part.VAE)
+
+
+def test_an_answer_of_a_hub_that_is_out_of_order(hub: Hub) -> None:
+    hub.instead["api"] = Answer(503, b"", {})
+    assert "the hub answered 503 Service Unavailable. Wait a little" in refused(Part.VAE)
+    hub.instead["api"] = Answer(503)  # a web page, as of what stands before the hub
+    assert "or the hub is out of order" in refused(Part.VAE)
+
+
+def test_what_the_hub_refuses_is_told_by_its_words(hub: Hub) -> None:
+    for status, tags, content in (
+        (401, {"X-Error-Message": "Invalid username or password."}, b""),
+        (401, {"Content-Type": "application/json"}, b'{"error": "Invalid username or password."}'),
+        (404, {"X-Error-Code": "RepoNotFound"}, b""),
+    ):
+        hub.instead["api"] = Answer(status, content, tags)
+        assert refused(Part.VAE).startswith(f"The hub has no model {HUB_MODEL!r}")
+    hub.instead["api"] = Answer(403, b"", {"X-Error-Code": "GatedRepo"})
+    assert "only to those who asked for it" in refused(Part.VAE)
+
+
+def test_the_command_with_a_page_in_place_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    hub.instead["api"] = Answer()
+    done = command(hub, tmp_path / "home", "download", "--parts", "vae", capture_output=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "is not the hub" in done.stderr, done.stderr
+
+
+def listed(**changes: object) -> Callable[[dict], object]:
+    """The hub's answer with another entry for the VAE's config, or without what is None."""
+
+    def change(about: dict) -> object:
+        for each in about["siblings"]:
+            if each["rfilename"] == "vae/config.json":
+                each.update(changes)
+        return about
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda about: [about],
+        lambda about: None,
+        lambda about: {},
+        lambda about: {"error": "none"},
+        lambda about: about | {"sha": 7},
+        lambda about: about | {"sha": "../../outside"},
+        lambda about: {key: value for key, value in about.items() if key != "sha"},
+        lambda about: {key: value for key, value in about.items() if key != "siblings"},
+        lambda about: about | {"siblings": "vae/config.json"},
+        lambda about: about | {"siblings": ["vae/config.json"]},
+        lambda about: about | {"siblings": {"vae/config.json": 1}},
+        lambda about: about | {"siblings": [*about["siblings"], {"rfilename": "../outside"}]},
+        lambda about: about | {"siblings": [*about["siblings"], about["siblings"][0]]},
+        listed(rfilename="vae/../../../config.json"),
+        listed(rfilename="/etc/vae/config.json"),
+        listed(rfilename="vae\\config.json"),
+        listed(rfilename=None),
+        listed(rfilename=["vae/config.json"]),
+        listed(size=-1),
+        listed(size="many"),
+        listed(size=None),
+        listed(size=1.5),
+        listed(size=True),
+        listed(blobId="../../../outside"),
+        listed(blobId=None),
+        listed(blobId=7),
+        listed(lfs={"size": 5}),
+        listed(lfs={"size": -5, "sha256": "a" * 64, "pointerSize": 130}),
+        listed(lfs={"size": 5, "sha256": "a/../b", "pointerSize": 130}),
+        listed(lfs="a" * 64),
+    ],
+)
+def test_json_of_another_shape(hub: Hub, tmp_path: Path, changed: Callable[[dict], object]) -> None:
+    hub.changed = changed
+    assert "is not the hub" in refused(Part.VAE)
+    assert not hub.fetched() and not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+FOREIGN = {
+    "a page": lambda size: Answer(),
+    "a page that says no length": lambda size: Answer(length=False),
+    "a page of the same length": lambda size: Answer(content=PAGE.ljust(size)[:size]),
+    "no kind": lambda size: Answer(tags={}),
+    "no kind, no length": lambda size: Answer(tags={}, length=False),
+    "no kind, the same length": lambda size: Answer(content=PAGE.ljust(size)[:size], tags={}),
+    "no kind, no length, too long": lambda size: Answer(content=PAGE.ljust(size + 9000), tags={}, length=False),
+    "redirect": lambda size: REDIRECT,
+    "401": lambda size: Answer(401),
+    "404, plain": lambda size: Answer(404, b"Sign in", {"Content-Type": "text/plain"}),
+    "511": lambda size: Answer(511),
+    "empty": lambda size: Answer(200, b"", {}),
+    "a part that nobody asked for": lambda size: Answer(206, PAGE, {"Content-Range": f"bytes 5-90/{size}"}),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("name", ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_page_in_place_of_a_file(hub: Hub, published: Path, tmp_path: Path, name: str, kind: str) -> None:
+    hub.instead[name] = FOREIGN[kind]((published / name).stat().st_size)
+    said = refused(Part.VAE)
+    same = kind == "no kind, the same length"
+    assert "arrived damaged, and what had arrived was removed" in said if same else "is not the hub" in said
+    assert not kept(tmp_path / "cache") and not list((tmp_path / "cache").rglob(f"snapshots/*/{name}"))
+    hub.instead.clear()
+    root = resolve(HUB_MODEL, Part.VAE).root
+    assert (root / name).read_bytes() == (published / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FOREIGN if "too long" not in kind])
+def test_a_page_in_place_of_the_rest_of_a_file(hub: Hub, published: Path, tmp_path: Path, kind: str) -> None:
+    interrupted(hub)
+    (partial,) = (tmp_path / "cache").rglob("*.incomplete")
+    before = partial.read_bytes()
+    assert len(before) > 10_000
+    hub.instead[SHARDS[1]] = FOREIGN[kind]((published / SHARDS[1]).stat().st_size)
+    said = refused(Part.BACKBONE)
+    if kind == "no kind, the same length":  # only the sum tells
+        assert "arrived damaged" in said and not partial.exists()
+    else:
+        assert "is not the hub" in said and partial.read_bytes() == before
+    assert not kept(tmp_path / "cache")
+    hub.instead.clear()
+    assert not resolve(HUB_MODEL, Part.BACKBONE).missing(Part.BACKBONE)
+
+
+def test_a_server_that_knows_no_parts_begins_again(hub: Hub, published: Path) -> None:
+    interrupted(hub)
+    hub.instead[SHARDS[1]] = Answer(200, (published / SHARDS[1]).read_bytes(), {})
+    root = resolve(HUB_MODEL, Part.BACKBONE).root
+    assert (root / SHARDS[1]).read_bytes() == (published / SHARDS[1]).read_bytes()
+
+
+# --- hidden files and others that nobody wants --------------------------------------------------------------------
+
+
+def test_hidden_files_on_the_hub_are_not_downloaded(hub: Hub, published: Path, tmp_path: Path) -> None:
+    hub.folder = Path(shutil.copytree(published, tmp_path / "hidden"))
+    for name in ("vae/._diffusion_pytorch_model.safetensors", "vae/.DS_Store", "._model.safetensors"):
+        (hub.folder / name).write_bytes(b"\0\5\26\7")
+    (hub.folder / "vae/old").mkdir()
+    (hub.folder / "vae/old/model.safetensors").write_bytes(b"old")
+    root = resolve(HUB_MODEL, Part.VAE, Part.BACKBONE).root
+    assert files(root) == PARTS[Part.VAE] | PARTS[Part.BACKBONE] == hub.fetched()
+    # nor do they stand for the file that is wanted
+    (hub.folder / "decoder/decoder_model.safetensors").rename(hub.folder / "decoder/._decoder_model.safetensors")
+    assert "on the hub has no decoder/*.safetensors" in refused(Part.DECODER)
+
+
+def test_a_disk_without_locks(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert not resolve(HUB_MODEL, Part.VAE).missing(Part.VAE)
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 
 def command(hub: Hub, cache: Path, *words: str, **options) -> subprocess.CompletedProcess:
+    return python(hub, cache, "-m", "llada2_mlx.cli", *words, **options)
+
+
+def python(hub: Hub, cache: Path, *words: str, **options) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1,localhost"}
-    return subprocess.run([sys.executable, "-m", "llada2_mlx.cli", *words], env=environment, text=True, **options)
+    return subprocess.run([sys.executable, *words], env=environment, text=True, **options)
 
 
 def test_the_command_fetches_what_it_is_told_and_says_where_it_is(hub: Hub, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from published import BACKBONE as PUBLISHED
 from safetensors.torch import load_file, save_file
 from synthetic import BACKBONE, Sizes, tiny, write_backbone
 
-from llada2_mlx import tasks
+from llada2_mlx import cli, tasks
 from llada2_mlx.backbone.denoising import Method
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.network import LLaDA2
@@ -482,3 +482,92 @@ def test_a_folder_that_cannot_be_read_costs_only_itself(tmp_path, monkeypatch):
     for name in ("away", "closed", "garbled", "broken", "loop"):
         assert any(f"/{name} cannot be read" in problem for problem in problems), name
     assert len(problems) == 5
+
+
+@pytest.mark.parametrize("name", ["vae/second.safetensors", "decoder/second.safetensors", "model-second.safetensors"])
+def test_two_files_of_weights_are_not_complete(folder: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    part = next(part for part in Part if part.name.lower() == (Path(name).parent.name or "backbone"))
+    assert not Checkpoint(folder).missing(part)
+    shutil.copy(next((folder / name).parent.glob("*.safetensors")), folder / name)
+    assert Checkpoint(folder).missing(part)
+    assert cli.main(["info", "--model", str(folder)]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    assert "complete" != lines[part.value] and all(
+        lines[other.value] == "complete" for other in Part if other is not part
+    )
+    if part is not Part.BACKBONE:
+        assert "2 files, where exactly one is expected" in lines[part.value] and Path(name).name in lines[part.value]
+
+
+SPOILT = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "broken link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+    "loop": lambda path: (path.unlink(), path.symlink_to(path.name)),
+}
+
+
+@pytest.mark.parametrize(("name", "part", "how"), [(name, part, how) for how in SPOILT for name, part in [
+    ("model.safetensors", Part.BACKBONE),
+    ("tokenizer.json", Part.BACKBONE),
+    ("image_tokenizer/sigvq_embedding.pt", Part.DECODER),
+    ("image_tokenizer/image_tokenizer.safetensors", Part.IMAGE_TOKENIZER),
+    ("vae/diffusion_pytorch_model.safetensors", Part.VAE),
+    ("vae/config.json", Part.VAE),
+] if how != "longer" or not name.endswith(".pt")])  # fmt: skip
+def test_what_is_not_whole_is_missing(
+    folder: Path, name: str, part: Part, how: str, capsys: pytest.CaptureFixture
+) -> None:
+    if how == "cut" and name.endswith(".json"):
+        (folder / name).write_text((folder / name).read_text().strip())  # a line's end may go
+    SPOILT[how](folder / name)
+    assert Checkpoint(folder).missing(part)
+    with pytest.raises(CheckpointError, match=f"{folder}.*({Path(name).name}|{Path(name).suffix})"):
+        resolve(folder, part)
+    assert cli.main(["info", "--model", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert f"{part.value}: complete" not in told and f"{part.value}: " in told
+
+
+def test_info_of_a_folder_with_an_index_that_is_none(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert cli.main(["info", "--model", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "has no usable weight_map" in told and "VAE: complete" in told
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_part_that_cannot_be_read_costs_only_itself(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: OSError
+) -> None:
+    real = {name: getattr(os, name) for name in ("stat", "scandir", "listdir", "open")}
+
+    def refusing(name: str) -> Callable:
+        def call(path, *arguments, **options):
+            if isinstance(path, (str, os.PathLike)) and str(path).startswith(str(folder / "vae")):
+                raise error
+            return real[name](path, *arguments, **options)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, refusing(name))
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.missing(Part.VAE) and not checkpoint.missing(Part.DECODER) and not checkpoint.files(Part.VAE)
+    assert checkpoint.weight_bytes(Part.VAE) == 0
+    with pytest.raises(CheckpointError, match=f"vae/config.json cannot be read .{error.strerror}"):
+        resolve(folder, Part.VAE)
+    assert cli.main(["info", "--model", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert f"vae/config.json cannot be read ({error.strerror})" in told and "turbo decoder: complete" in told
+    with pytest.raises(CheckpointError, match=f"vae cannot be read .{error.strerror}"):
+        resolve(folder / "vae", Part.VAE)
+
+
+@pytest.mark.parametrize("model", ["~nobody-has-this-name/model", "a\0b", "x" * 5000, "owner/" + "x" * 300, ""])
+def test_a_model_that_is_no_path(model: str) -> None:
+    with pytest.raises(CheckpointError, match="There is no model folder|cannot be read|no complete"):
+        resolve(model, Part.VAE)
