@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..progress import Progress, amount
 from .precision import GROUP_SIZE, Quantization, build, check_block, is_router, quantization_of, scheme
 from .weights import Reader, check_backbone
 
-STATE = "conversion.json"  # in a copy: what it was made of, and how
+STATE = "conversion.json"  # in a copy: what it was made of, and how, and which files were made
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]+\.partial")  # what ``replacing`` calls a file that it writes
 WHOLE = 16  # bits that stand for bf16
 
@@ -43,7 +44,7 @@ def own_copy(checkpoint: Checkpoint, bits: int) -> Path:
 
 def is_current(copy: Path, checkpoint: Checkpoint, bits: int, group_size: int = GROUP_SIZE) -> bool:
     """Whether ``copy`` is whole, and is what would be made of what ``checkpoint`` holds now."""
-    if _state(copy) != _wanted(checkpoint, bits, group_size):
+    if _origin(copy) != _wanted(checkpoint, bits, group_size):
         return False
     try:
         return bool(Checkpoint(copy).require(Part.BACKBONE).backbone_tensors())
@@ -84,6 +85,8 @@ def convert(
         raise RequestError(
             f"{copy} is where the converted copy goes, but it holds something else. Rename or delete it."
         )
+    if not is_current(copy, checkpoint, bits, group_size):
+        _require_own(copy, whole=True)
     block = _block(checkpoint, bits, group_size)
     check_backbone(config, None, checkpoint.backbone_tensors(), checkpoint)
     size = _size(config, block)
@@ -95,23 +98,27 @@ def convert(
             if replace and is_current(copy, checkpoint, bits, group_size):  # another program has just made it
                 return Checkpoint(copy)
             _require_own(partial)
-            if partial.exists() and _state(partial) != wanted:
+            if partial.exists() and _origin(partial) != wanted:
                 shutil.rmtree(partial)
             partial.mkdir(exist_ok=True)
-            for cut_off in filter(
-                lambda path: _TEMPORARY.fullmatch(path.name), list(partial.iterdir())
-            ):  # files that a killed run had begun
-                cut_off.unlink()
+            cut_off = [path for path in partial.iterdir() if _TEMPORARY.fullmatch(path.name)]
+            for path in cut_off:  # a killed run had begun it
+                path.unlink()
             _require_room(partial, size)
-            _write(partial / STATE, wanted)
+            if _state(partial) is None:
+                _write(partial / STATE, wanted | {"made": {}})
             weight_map = yield from _layers(checkpoint, partial, block)
-            _write(partial / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+            with _making(partial, INDEX) as path:
+                _write(path, {"metadata": {"total_size": size}, "weight_map": weight_map})
             stated = checkpoint.json("config.json")
             stated.pop("quantization_config", None)  # of a float8 source
-            _write(partial / "config.json", stated | ({"quantization": block} if block else {}))
-            for path in checkpoint.files(Part.BACKBONE):
-                if path.name.startswith("tokenizer"):
-                    shutil.copyfile(path, partial / path.name)
+            with _making(partial, "config.json") as path:
+                _write(path, stated | ({"quantization": block} if block else {}))
+            for source in checkpoint.files(Part.BACKBONE):
+                if source.name.startswith("tokenizer"):
+                    with _making(partial, source.name) as path:
+                        shutil.copyfile(source, path)
+            _require_own(copy, whole=True)
             if copy.exists():
                 shutil.rmtree(copy)
             partial.rename(copy)
@@ -138,7 +145,7 @@ def add_parts(checkpoint: Checkpoint, copy: Path) -> Generator[Progress, None, N
         try:
             target.parent.mkdir(exist_ok=True)
             if not target.exists():
-                with replacing(target) as partial:
+                with _making(copy, target.relative_to(copy).as_posix()) as partial:
                     _link_or_copy(path.resolve(), partial)
         except OSError as error:
             raise _unwritten(target, error) from error
@@ -172,7 +179,7 @@ def _layers(
             for parameter, shape in parameters:
                 tensors |= _kept(parameter, reader.read(parameter, shape, None), block)
                 mx.eval(tensors)
-            with replacing(path) as partial, open(partial, "wb") as file:
+            with _making(folder, path.name) as partial, open(partial, "wb") as file:
                 mx.save_safetensors(file, tensors, {"format": "mlx"})
             del tensors
             mx.clear_cache()
@@ -214,30 +221,62 @@ def _wanted(checkpoint: Checkpoint, bits: int, group_size: int) -> dict[str, Any
     return {"quantization": _block(checkpoint, bits, group_size), "source": source}
 
 
-def _summed(path: Path) -> str:
-    """The SHA-256 of a small file, or of the header of a safetensors file: a copy of a model may have other times."""
+def _summed(path: Path, suffix: str = "") -> str:
+    """The SHA-256 of a file, or of the header of a safetensors file: a copy of a model may have other times."""
     with path.open("rb") as file:
-        if path.suffix != ".safetensors":
+        if (suffix or path.suffix) != ".safetensors":
             return hashlib.file_digest(file, "sha256").hexdigest()
         length = file.read(8)
         # no longer than a header may be, whatever a damaged file says
         return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), 10**8))).hexdigest()
 
 
-_OWN = re.compile(rf"model[^/]*\.safetensors(\.index\.json)?|config\.json|tokenizer[^/]*|{_TEMPORARY.pattern}")
+@contextmanager
+def _making(folder: Path, name: str) -> Iterator[Path]:
+    """Like ``replacing``, for a file of a copy: that the conversion made it is noted before it has its name."""
+    with replacing(folder / name) as partial:
+        yield partial
+        state = _state(folder)
+        if state is not None:
+            made = state.get("made", {}) | {name: _summed(partial, Path(name).suffix)}
+            _write(folder / STATE, state | {"made": made})
 
 
-def _require_own(partial: Path) -> None:
-    """Refuse a folder that a conversion did not begin: it may be removed, and that is for its owner to do."""
-    if not partial.exists() and not partial.is_symlink():
+def _require_own(folder: Path, whole: bool = False) -> None:
+    """Refuse to touch a folder with anything in it that a conversion did not make: that is for its owner to remove.
+
+    Args:
+        whole: it is a copy that was finished, in which a layer that nobody can read any more is one that was made.
+    """
+    if not folder.exists() and not folder.is_symlink():
         return
-    own = partial.is_dir() and not partial.is_symlink()
-    names = {path.name for path in partial.iterdir()} if own else set()
-    begun = {"quantization", "source"} <= (_state(partial) or {}).keys() or all(map(_TEMPORARY.fullmatch, names))
-    strange = sorted(name for name in names if name != STATE and not _OWN.fullmatch(name))
-    if not own or not begun or strange:
-        named = partial / strange[0] if strange else partial
-        raise RequestError(f"{named} is in the way of the conversion, which did not make it. Rename or delete it.")
+    strange: list[Path] = [folder]
+    if folder.is_dir() and not folder.is_symlink():
+        state = _state(folder)
+        made = (state or {}).get("made", {})
+        begun = state is None or {"quantization", "source"} <= state.keys() and isinstance(made, dict)
+        if begun:
+            strange = sorted(path for path in folder.rglob("*") if not _is_own(path, folder, made, whole))
+    if strange:
+        raise RequestError(f"{strange[0]} is in the way of the conversion, which did not make it. Rename or delete it.")
+
+
+def _is_own(path: Path, folder: Path, made: dict[str, Any], whole: bool) -> bool:
+    """Whether a conversion made what is at ``path``, as far as its content tells; a file may have been cut short since."""
+    name = path.relative_to(folder).as_posix()
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return any(each.startswith(f"{name}/") for each in made)
+    if name == STATE or _TEMPORARY.fullmatch(path.name) or path.name == ".DS_Store":  # macOS leaves it where it looked
+        return True
+    if name not in made:
+        return False
+    damaged = whole and path.suffix == ".safetensors" and not _whole(path)
+    try:
+        return damaged or not path.stat().st_size or _summed(path) == made[name]
+    except OSError:
+        return False
 
 
 def _block(checkpoint: Checkpoint, bits: int, group_size: int) -> Quantization | None:
@@ -256,6 +295,12 @@ def _state(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return state if isinstance(state, dict) else None
+
+
+def _origin(folder: Path) -> dict[str, Any] | None:
+    """What a copy was made of, and how, as ``_wanted`` says it."""
+    state = _state(folder)
+    return None if state is None else {key: value for key, value in state.items() if key != "made"}
 
 
 def _require_room(folder: Path, size: int) -> None:

@@ -483,6 +483,92 @@ def test_what_a_conversion_did_not_make_stays(source: Checkpoint, tmp_path: Path
     assert stranger.read_text() == "mine"
 
 
+def stopped(source: Checkpoint, copy: Path, after: int = 2) -> Path:
+    """A conversion that was stopped; returns the folder in which it grew."""
+
+    def stop(progress: Progress) -> None:
+        if progress.done == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converted(source, copy, 8, on_step=stop)
+    return copy.with_name(f".{copy.name}.partial")
+
+
+NAMES = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer-notes.txt",
+    "model-mine.safetensors",
+    "model-00002-of-00009.safetensors",
+    "model.safetensors.index.json",
+    "vae/config.json",
+    "notes/",
+]
+
+
+def put(path: Path, name: str) -> Path:
+    """Somebody's own file, or folder, in a folder of a conversion."""
+    if name.endswith("/"):
+        (path / name).mkdir()
+    else:
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("mine")
+    return path / name
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["the same source", "another source"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_strangers_file_in_a_conversion_that_was_begun_stays(
+    source: Checkpoint, tmp_path: Path, name: str, changed: bool
+) -> None:
+    mine = put(stopped(source, tmp_path / "copy"), name)
+    if changed:
+        change(source)
+    with pytest.raises(RequestError, match=rf"\.copy\.partial/{name.partition('/')[0]}.* did not make"):
+        converted(source, tmp_path / "copy", 8)
+    assert mine.is_dir() or mine.read_text() == "mine"
+    shutil.rmtree(mine) if mine.is_dir() else mine.unlink()
+    if name.startswith("vae"):
+        mine.parent.rmdir()
+    assert converted(source, tmp_path / "copy", 8).backbone_tensors()
+
+
+def test_a_strangers_file_in_the_place_of_one_that_was_made_stays(source: Checkpoint, tmp_path: Path) -> None:
+    partial = stopped(source, tmp_path / "copy")
+    mine = sorted(partial.glob("model-*"))[0]
+    save_file({"mine": torch.ones(3)}, mine)
+    before = mine.read_bytes()
+    with pytest.raises(RequestError, match=f"{mine.name} .*did not make"):
+        converted(source, tmp_path / "copy", 8)
+    assert mine.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "tokenizer_old.json", "model-mine.safetensors", "vae/mine.txt"])
+def test_a_strangers_file_in_a_copy_that_is_no_longer_current_stays(source: Checkpoint, name: str) -> None:
+    Backbone(source, "4bit").load()
+    mine = put(own_copy(source, 4), name)
+    change(source)
+    with pytest.raises(RequestError, match=f"{name}?.*did not make|vae .*did not make"):
+        Backbone(source, "4bit").load()
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    if name.startswith("vae"):
+        mine.parent.rmdir()
+    Backbone(source, "4bit").load()
+    assert is_current(own_copy(source, 4), source, 4)
+
+
+def test_a_copy_with_its_parts_can_be_replaced(source: Checkpoint) -> None:
+    copy = own_copy(source, 8)
+    assert cli.main(["convert", str(source.root), str(copy), "--bits", "8"]) == 0
+    Checkpoint(copy).require(*Part)
+    (copy / ".DS_Store").write_bytes(b"\0")
+    change(source)
+    Backbone(source, "8bit").load()
+    assert is_current(copy, source, 8)
+
+
 def test_a_disk_without_locks(source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOTSUP, "Operation not supported")
