@@ -5,38 +5,49 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # what a disk answers that has no locks, as many on a network
 _NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 
 
-def has_no_locks(error: BaseException) -> bool:
-    """Whether a lock could not be taken because the disk has none."""
-    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in _NO_LOCKS
-
-
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Holds the lock ``path``; on a disk that has no locks the work goes on without one.
 
-    Raises:
-        Timeout: another program holds it.
-    """
-    from filelock import FileLock
+    Args:
+        waiting: called about once a second while another program holds the lock; what it raises ends the wait. Without
+            it nobody waits.
 
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        if not has_no_locks(error):
-            raise
+    Raises:
+        Timeout: another program holds the lock, and ``waiting`` was not given.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, mode=0o664)  # as the hub's client has it: a cache may belong to a group
+    while True:
+        try:
+            lock.acquire(timeout=0 if waiting is None else 1)
+            break
+        except Timeout:
+            if waiting is None:
+                raise
+            waiting()
+        except (OSError, NotImplementedError) as error:
+            if not _has_no_locks(error):
+                raise
+            break
     try:
         yield
     finally:
-        lock.release()
+        with suppress(OSError):  # as where the disk went away; the lock ends with the program
+            lock.release()
+
+
+def _has_no_locks(error: BaseException) -> bool:
+    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in _NO_LOCKS
 
 
 @contextmanager

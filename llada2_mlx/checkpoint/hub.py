@@ -1,8 +1,8 @@
 """The Hugging Face hub: what its cache on this machine holds of a model, and how the rest gets there.
 
-A large file is fetched by the hub client's ``http_get`` to where the client looks for it, because the client by itself
-(2.4, over HTTP and over Xet alike) throws a file away that did not arrive whole. Everything else is the client's: names,
-links, small files, credentials.
+The session, addresses, credentials and retries are the hub client's, and so is the layout of its cache. Each answer is
+judged here before anything of it is kept, because the client (2.4) looks at neither sums nor pages in place of files,
+throws a file away that did not arrive whole, and copies files under their own names where a disk has no links.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import os
+import re
 import shutil
+import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import has_no_locks
+from ..files import locked, replacing
 from ..progress import OnStep, Progress, amount
 
 RESERVE = 10**9  # bytes that a download leaves free on the disk
@@ -30,6 +35,7 @@ _CONNECTIONS = 4
 _INTERVAL = 0.2  # seconds between two calls of on_step
 _GRACE = 1.0  # seconds that a cancelled download may take to close its files
 _TIMEOUT = 20.0  # seconds for the hub's answer about a model
+_TRIES = 5  # connections in a row that bring nothing
 
 
 def is_id(model: str) -> bool:
@@ -44,7 +50,11 @@ def is_id(model: str) -> bool:
 
 
 def cached(repo: str) -> Path | None:
-    """The folder in the hub's cache with what is there of a model, complete or not; the hub is not asked."""
+    """The folder in the hub's cache with what is there of a model, complete or not; the hub is not asked.
+
+    Raises:
+        CheckpointError: the cache cannot be read.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -52,6 +62,11 @@ def cached(repo: str) -> Path | None:
         return Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"What {_store(repo)} holds cannot be read ({_reason(error)}). Allow reading it, or remove it and download "
+            f"the model again."
+        ) from None
 
 
 def snapshot(folder: Path) -> Path:
@@ -62,26 +77,75 @@ def snapshot(folder: Path) -> Path:
     return folder
 
 
-def download(repo: str, patterns: list[str], missing: list[str], lacking: str, on_step: OnStep) -> Path:
-    """Fetch files of a hub model into the hub's cache. What is there stays, and a part of a file is gone on with.
+def again(path: Path) -> str:
+    """What to do about a damaged file of a model, as a sentence: ``download`` compares what is there with its sums."""
+    for folder in path.parents:
+        if folder.name.startswith("models--") and folder.parent.resolve() == _cache():
+            repo = folder.name.removeprefix("models--").replace("--", "/")
+            return f"Download it again with: llada2-mlx download {repo}"
+    return "Download it again."
+
+
+def doubtful(folder: Path, names: Collection[str], on_step: OnStep) -> tuple[list[str], list[str]]:
+    """Compare files in the hub's cache with the sums that the cache calls them by; the hub is not asked.
+
+    Args:
+        folder: of a revision, as ``cached`` gives it.
+        names: of the files, relative to it.
+        on_step: called in this thread with the bytes that have been read; what it raises ends the work.
+
+    Returns:
+        The names of the damaged ones; and those of the files whose sums only the hub knows, as on a disk without links.
+    """
+    known = {name: found for name in names if (found := _stated_sum(folder / name))}
+    sizes = {}
+    for name in known:
+        with suppress(OSError):
+            sizes[name] = (folder / name).stat().st_size
+    read = dict.fromkeys(known, 0)
+
+    def check(name: str, stop: Event) -> bool:
+        def note(size: int) -> None:
+            read[name] += size
+
+        try:
+            return _sum(folder / name, len(known[name]) == 64, stop, note) == known[name]
+        except OSError:
+            return False
+
+    def tell() -> None:
+        on_step(Progress("checking files", sum(read.values()), sum(sizes.values()), in_bytes=True))
+
+    whole = _together([lambda stop, name=name: check(name, stop) for name in known], tell)
+    return [name for name, good in zip(known, whole) if not good], [name for name in names if name not in known]
+
+
+def download(
+    repo: str, patterns: list[str], missing: list[str], lacking: str, on_step: OnStep, doubts: Collection[str] = ()
+) -> Path:
+    """Fetch files of a hub model into the hub's cache. What is whole stays, and a part of a file is gone on with.
+
+    A file gets its name when it has the size and the sum that the hub states. A large file that has its name is
+    taken for whole if its size is right, unless it is among ``doubts``.
 
     A model that the cache has some of is completed at that revision, so that its parts stay together in one folder;
     only if the hub no longer has the revision is the present one taken, into a folder of its own.
 
     Args:
         repo: the hub id.
-        patterns: globs of the files that are wanted.
+        patterns: globs of the files that are wanted; hidden files never are.
         missing: those among them, or files, that the hub has to have.
         lacking: what this machine lacks, for a person: the beginning of a sentence.
         on_step: called in this thread with the bytes that have arrived; what it raises ends the download, and what
             has arrived is kept.
+        doubts: names of files that are read and compared with their sums, large as they may be.
 
     Returns:
         The folder of the revision, with the files in it.
 
     Raises:
-        CheckpointError: the hub may not be asked, cannot be reached or has no such model or file, or the disk has too
-            little room.
+        CheckpointError: the hub may not be asked, cannot be reached or has no such model or file, what answers is
+            not the hub, or the disk has too little room.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
@@ -93,11 +157,12 @@ def download(repo: str, patterns: list[str], missing: list[str], lacking: str, o
     try:
         plan = _plan(repo, patterns, on_step)
         plan.require(missing)
-        plan.require_room()
-        plan.fetch(on_step)
+        absent = plan.absent(doubts, on_step)
+        plan.require_room(absent)
+        plan.fetch(absent, on_step)
     except _Failed as failure:
         error = failure.__cause__
-        if not isinstance(error, (HTTPError, OSError)):
+        if not isinstance(error, (HTTPError, OSError, _Foreign)):
             raise error from None
         raise CheckpointError(_why(repo, lacking, error)) from error
     return plan.folder
@@ -105,7 +170,7 @@ def download(repo: str, patterns: list[str], missing: list[str], lacking: str, o
 
 @dataclass(frozen=True)
 class _File:
-    """A file on the hub; ``blob`` is what the cache calls its content: for a large one, its SHA-256."""
+    """A file on the hub; ``blob`` is what the cache calls its content: the SHA-256 of a large one, git's sum of a small."""
 
     name: str
     size: int
@@ -121,12 +186,11 @@ class _Plan:
     commit: str
     known: bool  # whether the cache holds this revision as the model's
     files: tuple[_File, ...]
+    sums: dict[tuple, str] = field(default_factory=dict)  # of files that were read, by path, size and time
 
     @property
     def store(self) -> Path:
-        from huggingface_hub.file_download import repo_folder_name
-
-        return _cache() / repo_folder_name(repo_id=self.repo, repo_type="model")
+        return _store(self.repo)
 
     @property
     def folder(self) -> Path:
@@ -148,17 +212,55 @@ class _Plan:
 
     def require(self, patterns: list[str]) -> None:
         """Refuse a model that lacks files, before any is fetched."""
-        from huggingface_hub.utils import filter_repo_objects
-
         names = [file.name for file in self.files]
-        if absent := [each for each in patterns if not any(filter_repo_objects(names, allow_patterns=each))]:
+        if absent := [each for each in patterns if not any(_fits(name, each) for name in names)]:
             raise CheckpointError(
                 f"{self.repo} on the hub has no {absent[0]}; a model in the layout of LLaDA2.0-Uni is needed."
             )
 
-    def require_room(self) -> None:
+    def absent(self, doubts: Collection[str], on_step: OnStep) -> list[_File]:
+        """The files that are not here, or not whole. What stands in the place of one and is damaged is removed."""
+
+        def look(file: _File, stop: Event) -> bool:
+            if self.whole(file, stop, file.name in doubts):
+                return False
+            if os.path.lexists(self.blob(file)) or self._is_own(file):
+                with self._alone(file, stop):  # another program may be just about to give it its name
+                    if not self.holds(self.blob(file), file, stop):
+                        _remove(self.blob(file))
+                    if self._is_own(file) and not self.holds(self.folder / file.name, file, stop):
+                        _remove(self.folder / file.name)
+            return True
+
+        jobs = [lambda stop, file=file: look(file, stop) for file in self.files]
+        found = _together(jobs, lambda: on_step(Progress("checking files", 0, 1)))
+        return [file for file, absent in zip(self.files, found) if absent]
+
+    def whole(self, file: _File, stop: Event, doubted: bool = False) -> bool:
+        """Whether a file is here under its name."""
+        named = self.folder / file.name
+        return self.holds(named, file, stop) if doubted or not file.large else _size(named) == file.size
+
+    def holds(self, path: Path, file: _File, stop: Event) -> bool:
+        """Whether ``path`` holds just what the hub has as ``file``."""
+        with suppress(OSError):
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode) or about.st_size != file.size:
+                return False
+            key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+            if key not in self.sums:
+                self.sums[key] = _sum(path, file.large, stop)
+            return self.sums[key] == file.blob
+        return False
+
+    def _is_own(self, file: _File) -> bool:
+        """Whether a file lies under its name itself, and not as a link."""
+        named = self.folder / file.name
+        return not named.is_symlink() and _size(named) is not None
+
+    def require_room(self, absent: list[_File]) -> None:
         """Refuse what does not fit on the disk, before any of it is fetched."""
-        needed = sum(file.size - self.arrived(file) for file in self.files)
+        needed = sum(file.size - self.arrived(file) for file in absent)
         cache = _cache()
         place = next(path for path in (cache, *cache.parents) if path.exists())
         free = shutil.disk_usage(place).free
@@ -168,72 +270,240 @@ class _Plan:
                 f"{amount(free)} are free on that disk. Make room, or set HF_HOME to a folder on another disk."
             )
 
-    def fetch(self, on_step: OnStep) -> None:
-        from huggingface_hub import snapshot_download
-
-        absent = [file for file in self.files if not (self.folder / file.name).exists()]
+    def fetch(self, absent: list[_File], on_step: OnStep) -> None:
         total = sum(file.size for file in absent)
 
         def tell() -> None:
             on_step(Progress("downloading", sum(map(self.arrived, absent)), total, in_bytes=True))
 
-        def small(stop: Event) -> str:
-            names = [file.name for file in self.files if not file.large]
-            revision = self.commit if self.known else None  # asked for by no name, it becomes the cache's own
-            return snapshot_download(self.repo, revision=revision, allow_patterns=names, tqdm_class=_no_bar())
-
         # first, because an index says which large files there are
-        (folder,) = _together([small], tell)
-        if Path(folder).name != self.commit:
-            raise CheckpointError(f"{self.repo} was changed on the hub at this very moment; try again.")
-        _together([lambda stop, file=file: self._fetch_large(file, stop) for file in absent if file.large], tell)
+        _together([lambda stop, file=file: self._fetch(file, stop) for file in absent if not file.large], tell)
+        if not self.known:
+            _together([lambda stop: self._note()], tell)
+        _together([lambda stop, file=file: self._fetch(file, stop) for file in absent if file.large], tell)
 
-    def _fetch_large(self, file: _File, stop: Event) -> None:
-        from huggingface_hub import hf_hub_download, hf_hub_url
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import build_hf_headers
+    def _note(self) -> None:
+        """Make this revision the one that the cache holds as the model's."""
+        main = self.store / "refs" / "main"
+        main.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(main) as partial:
+            partial.write_text(self.commit)
 
+    @contextmanager
+    def _alone(self, file: _File, stop: Event) -> Iterator[None]:
+        """The client's own lock, so that no two programs write to one file."""
+
+        def waiting() -> None:
+            if stop.is_set():
+                raise _Stopped
+
+        lock = _cache() / ".locks" / self.store.name / f"{file.blob}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock, waiting):
+            waiting()
+            yield
+
+    def _fetch(self, file: _File, stop: Event) -> None:
+        self.blob(file).parent.mkdir(parents=True, exist_ok=True)
+        with self._alone(file, stop):
+            if self.whole(file, stop, doubted=True):  # another program fetched it meanwhile
+                return
+            if not self.holds(self.blob(file), file, stop):
+                self._receive(file, stop)
+            self._name(file)
+
+    def _receive(self, file: _File, stop: Event) -> None:
+        """Get a file's content; it becomes the blob when its sum is right."""
         partial = self.partial(file)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        # the client's own lock, so that no two programs write to one file
-        with _locked(_cache() / ".locks" / self.store.name / f"{file.blob}.lock", stop):
-            if not self.blob(file).exists():
-                with _PartialFile(partial, stop) as target:
-                    if (begun := target.tell()) > file.size:
-                        begun = target.truncate(0)
-                    url = hf_hub_url(self.repo, file.name, revision=self.commit)
-                    how = {"headers": build_hf_headers(), "tqdm_class": _no_bar()}
-                    http_get(url, target, resume_size=begun, expected_size=file.size, **how)
-                if begun:
-                    _check_sum(partial, file)
-                partial.replace(self.blob(file))
-        hf_hub_download(self.repo, file.name, revision=self.commit)  # it is there: this gives it its name
+        try:
+            with _PartialFile(partial, stop) as target:
+                if target.size() > file.size:
+                    target.cut(0)
+                tries = _TRIES
+                while (begun := target.size()) < file.size:
+                    try:
+                        self._ask(file, target)
+                    except Exception as error:
+                        tries = _TRIES if target.size() > begun else tries - 1
+                        if not _is_fleeting(error) or tries < 0 or stop.wait(1):
+                            raise
+            if _sum(partial, file.large, stop) != file.blob:
+                partial.unlink()
+                raise CheckpointError(
+                    f"{file.name} arrived damaged, and what had arrived was removed. Download it again."
+                )
+            partial.replace(self.blob(file))
+        finally:
+            if not _size(partial):
+                partial.unlink(missing_ok=True)
+
+    def _ask(self, file: _File, target: _PartialFile) -> None:
+        """One request for what is lacking of a file. Nothing is kept of an answer that is not the file."""
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+        url, begun = hf_hub_url(self.repo, file.name, revision=self.commit), target.size()
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={begun}-"} if begun else {})
+        how = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "retry_on_exceptions": (), "retry_on_status_codes": (429,)}
+        with http_stream_backoff("GET", url, headers=headers, **how) as response:
+            hf_raise_for_status(response)
+            at = _place(response, begun, file.size)
+            chunks = response.iter_bytes(constants.DOWNLOAD_CHUNK_SIZE)
+            first = next(chunks, b"")  # as long as the chunks are to be, or the whole answer
+            if at + len(first) < min(at + constants.DOWNLOAD_CHUNK_SIZE, file.size):
+                raise _Foreign(response)
+            target.cut(at)  # an answer may begin again, but what is here goes only for what looks like the file
+            for chunk in chain([first], chunks):
+                if target.size() + len(chunk) > file.size:
+                    break
+                target.write(chunk)
+            else:
+                if target.size() == file.size:
+                    return
+            target.cut(at)
+            raise _Foreign(response)
+
+    def _name(self, file: _File) -> None:
+        """Give what has arrived its name: by a link, or by moving it where the disk has none. It is stored once."""
+        from huggingface_hub import constants
+
+        blob, named = self.blob(file), self.folder / file.name
+        named.parent.mkdir(parents=True, exist_ok=True)
+        if not constants.HF_HUB_DISABLE_SYMLINKS:
+            with suppress(OSError), replacing(named) as link:
+                link.symlink_to(os.path.relpath(blob, named.parent))
+            if named.is_symlink() and _size(named) == file.size:
+                return
+        blob.replace(named)
 
 
 def _plan(repo: str, patterns: list[str], on_step: OnStep) -> _Plan:
     """Ask the hub which files there are."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RevisionNotFoundError
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
     here = cached(repo)
 
-    def ask(stop: Event) -> Any:
-        look = lambda revision: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-        try:
-            return look(here.name if here else None)
-        except RevisionNotFoundError:
-            return look(None)
+    def look(revision: str | None) -> Any:
+        return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
 
-    (info,) = _together([ask], lambda: on_step(Progress("asking the hub", 0, 1)))
-    wanted = filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda each: each.rfilename)
-    files = [
-        _File(each.rfilename, each.lfs.size, each.lfs.sha256, large=True)
-        if each.lfs
-        else _File(each.rfilename, each.size or 0, each.blob_id, large=False)
-        for each in wanted
-    ]
-    return _Plan(repo, info.sha, here is not None and here.name == info.sha, tuple(files))
+    def ask(stop: Event) -> _Plan:
+        try:
+            try:
+                info = look(here.name if here else None)
+            except RevisionNotFoundError:
+                info = look(None)
+            files = _listed(info.siblings, patterns)
+            if not _matches(info.sha, r"[0-9a-f]{40}"):
+                raise _Foreign
+        except (HTTPError, OSError, _Foreign):
+            raise
+        except Exception as error:  # the client takes JSON of any shape for the hub's, and stumbles over it
+            raise _Foreign from error
+        return _Plan(repo, info.sha, here is not None and here.name == info.sha, files)
+
+    (plan,) = _together([ask], lambda: on_step(Progress("asking the hub", 0, 1)))
+    return plan
+
+
+def _listed(siblings: Any, patterns: list[str]) -> tuple[_File, ...]:
+    """The wanted files of a hub's answer.
+
+    Raises:
+        _Foreign: it is none that a hub could give.
+    """
+    names = [each.rfilename for each in siblings]
+    if len(set(names)) < len(names) or not all(map(_is_name, names)):
+        raise _Foreign
+    files = []
+    for each in siblings:
+        if _is_hidden(each.rfilename) or not any(_fits(each.rfilename, pattern) for pattern in patterns):
+            continue
+        large = each.lfs is not None
+        size, blob = (each.lfs.size, each.lfs.sha256) if large else (each.size, each.blob_id)
+        fits = _matches(blob, r"[0-9a-f]{64}" if large else r"[0-9a-f]{40}")
+        if not fits or type(size) is not int or size < 0:
+            raise _Foreign
+        files.append(_File(each.rfilename, size, blob, large))
+    return tuple(files)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a glob finds a name, folder by folder."""
+    names, patterns = name.split("/"), pattern.split("/")
+    return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file is one that macOS and others leave, and never a model's."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a repository may have a file of this name: one inside it, on every system."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    return not any(part in ("", ".", "..") or re.search(r"[\\\0]|^\w:", part) for part in parts)
+
+
+def _matches(value: Any, pattern: str) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+class _Foreign(Exception):
+    """What answered is not the hub: most often the page on which a hotel or a train asks to sign in."""
+
+    def __init__(self, response: Any = None):
+        super().__init__(_described(response) if response is not None else "")
+
+
+def _described(response: Any) -> str:
+    page = "a web page, " if _is_page(response) else ""
+    return f" ({page}status {response.status_code})"
+
+
+def _is_page(response: Any) -> bool:
+    return "html" in response.headers.get("Content-Type", "").lower()
+
+
+def _is_foreign(response: Any) -> bool:
+    """Whether an error is another's than the hub's, which says what it refuses in words that a program can read."""
+    if _is_page(response) or response.status_code in (407, 511):
+        return True
+    told = {"x-error-code", "x-error-message", "x-request-id"} & {name.lower() for name in response.headers}
+    readable = "json" in response.headers.get("Content-Type", "").lower()
+    return response.status_code in (401, 403, 404) and not told and not readable
+
+
+def _is_fleeting(error: Exception) -> bool:
+    """Whether a connection broke, and may not break again."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    return isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError) and not _is_loop(error)
+
+
+def _is_loop(error: Exception) -> bool:
+    """Whether an address leads from one to the next and never to the file."""
+    return type(error).__name__ in ("TooManyRedirects", "UnsupportedProtocol", "DecodingError")
+
+
+def _place(response: Any, begun: int, size: int) -> int:
+    """The byte of a file at which an answer begins: where it was asked to, or the first.
+
+    Raises:
+        _Foreign: it is no answer with that file's content.
+    """
+    headers = response.headers
+    if _is_page(response):
+        raise _Foreign(response)
+    if response.status_code == 206 and re.fullmatch(
+        rf"bytes {begun}-\d+/({size}|\*)", headers.get("Content-Range", "")
+    ):
+        return begun
+    plain = headers.get("Content-Encoding", "identity") == "identity"
+    if response.status_code != 200 or (plain and headers.get("Content-Length", str(size)) != str(size)):
+        raise _Foreign(response)
+    return 0
 
 
 def _why(repo: str, lacking: str, error: Exception) -> str:
@@ -242,14 +512,17 @@ def _why(repo: str, lacking: str, error: Exception) -> str:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the client's own text is about its options
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     again = "and try again: what has arrived is kept."
+    if isinstance(error, HfHubHTTPError) and _is_foreign(error.response):
+        error = _Foreign(error.response)
+    if isinstance(error, _Foreign) or _is_loop(error):
+        return (
+            f"{lacking}, and it could not be downloaded: what answered for {constants.ENDPOINT} is not the hub{error if isinstance(error, _Foreign) else ''}. "
+            f"It is likely the sign-in page of this network. Open any page in a browser, sign in there {again}"
+        )
     if isinstance(error, GatedRepoError):
         return f"The hub gives {repo} only to those who asked for it: do so at {constants.ENDPOINT}/{repo}, and log in with: hf auth login"
     if isinstance(error, RepositoryNotFoundError):
@@ -261,7 +534,13 @@ def _why(repo: str, lacking: str, error: Exception) -> str:
         return f"The disk of {_cache()} is full. Make room {again}"
     if isinstance(error, OSError) and error.filename:
         return f"{repo} cannot be stored: {error.filename} cannot be written ({error.strerror}). Change that {again}"
-    return f"{lacking}, and it could not be downloaded from {constants.ENDPOINT} ({reason.rstrip('.')}). Check the network {again}"
+    return f"{lacking}, and it could not be downloaded from {constants.ENDPOINT} ({_reason(error)}). Check the network {again}"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's own text."""
+    text = (getattr(error, "strerror", None) or str(error)).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def _cache() -> Path:
@@ -270,24 +549,46 @@ def _cache() -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser().resolve()
 
 
-def _no_bar() -> type:
-    """The client's progress bar, switched off: ``on_step`` has the progress."""
-    from huggingface_hub.utils import tqdm
+def _store(repo: str) -> Path:
+    """The folder in the cache that has all of a model."""
+    from huggingface_hub.file_download import repo_folder_name
 
-    class NoBar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs | {"disable": True})
-
-    return NoBar
+    return _cache() / repo_folder_name(repo_id=repo, repo_type="model")
 
 
-def _check_sum(partial: Path, file: _File) -> None:
-    """Whether what arrived in two goes fits together; removed if not."""
-    with partial.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != file.blob:
-        partial.unlink()
-        raise CheckpointError(f"{file.name} arrived damaged, and what had arrived was removed. Download it again.")
+def _size(path: Path) -> int | None:
+    """The bytes of a file; None where there is none."""
+    with suppress(OSError):
+        about = path.stat()
+        return about.st_size if stat.S_ISREG(about.st_mode) else None
+    return None
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a link; a folder in its place is another's."""
+    with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+        path.unlink()
+
+
+def _stated_sum(path: Path) -> str | None:
+    """The sum of a file that the cache has as a link: its blob is called by it."""
+    with suppress(OSError):
+        target = Path(os.readlink(path))
+        if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", target.name):
+            return target.name
+    return None
+
+
+def _sum(path: Path, large: bool, stop: Event, note: Callable[[int], None] = lambda size: None) -> str:
+    """What the hub calls a file's content: its SHA-256 if it is large, or git's SHA-1."""
+    found = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as content:
+        while chunk := content.read(2**20):
+            if stop.is_set():
+                raise _Stopped
+            found.update(chunk)
+            note(len(chunk))
+    return found.hexdigest()
 
 
 class _Failed(Exception):
@@ -305,6 +606,13 @@ class _PartialFile(io.FileIO):
         super().__init__(path, "ab")
         self._stop = stop
 
+    def size(self) -> int:
+        return os.fstat(self.fileno()).st_size
+
+    def cut(self, size: int) -> None:
+        if size < self.size():
+            self.truncate(size)
+
     def write(self, chunk: bytes) -> int:
         if self._stop.is_set():
             raise _Stopped
@@ -312,28 +620,6 @@ class _PartialFile(io.FileIO):
         while rest:
             rest = rest[super().write(rest) :]
         return len(chunk)
-
-
-@contextmanager
-def _locked(path: Path, stop: Event) -> Iterator[None]:
-    from filelock import Timeout
-    from huggingface_hub.utils import WeakFileLock
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        while True:
-            if stop.is_set():
-                raise _Stopped
-            try:
-                stack.enter_context(WeakFileLock(path, timeout=1))
-                break
-            except Timeout:
-                continue
-            except (OSError, NotImplementedError) as error:
-                if not has_no_locks(error):
-                    raise
-                break
-        yield
 
 
 def _together(jobs: list[Callable[[Event], Any]], tell: Callable[[], None]) -> list[Any]:
