@@ -62,10 +62,11 @@ def t2i(a: argparse.Namespace) -> None:
     checkpoint = _resolve(a, Part.BACKBONE, *_decoder_parts(a))
     options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
     size = {"width": a.width, "height": a.height}
+    _warn(backbone.tokens.doubt(a.prompt))
     with _Bars() as on_step:
         guided = {"guidance": a.guidance, "rescale": a.rescale, "sampling": sampling}
         drawing = tasks.text_to_vq(backbone, a.prompt, **size, **guided, on_step=on_step)
-    _warn(checkpoint, "drawing", drawing.grid)
+    _warn(checkpoint.image_sizes.doubt_grid("drawing", drawing.grid))
     if a.codes:
         drawing.grid.save(a.codes)
     backbone.unload()  # makes room for the decoder
@@ -81,6 +82,7 @@ def understand(a: argparse.Namespace) -> None:
     checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER)
     sampling, backbone = _sampling(a), _backbone(a, checkpoint)
     grid = _encode(a, checkpoint, "understand")
+    _warn(backbone.tokens.doubt(a.question))
     with _Bars() as on_step:
         answer = tasks.understand(backbone, grid, a.question, a.max_new_tokens, sampling, on_step=on_step)
     print(answer.text)
@@ -96,6 +98,7 @@ def edit(a: argparse.Namespace) -> None:
     checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
     options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
     grid = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit")
+    _warn(backbone.tokens.doubt(a.instruction))
     with _Bars() as on_step:
         guided = {"text_guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
         drawing = tasks.edit(backbone, grid, a.instruction, **guided, sampling=sampling, on_step=on_step)
@@ -225,12 +228,12 @@ def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str) -> VQGr
 
     image, wanted = _open(a.image), Purpose(PURPOSES[purpose])
     grid = load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a)).encode(image, wanted, a.size)
-    _warn(checkpoint, use_of(wanted), grid)
+    _warn(checkpoint.image_sizes.doubt_grid(use_of(wanted), grid))
     return grid
 
 
-def _warn(checkpoint: Checkpoint, use: str, grid: VQGrid) -> None:
-    if doubt := checkpoint.image_sizes.doubt_grid(use, grid):
+def _warn(doubt: str | None) -> None:
+    if doubt is not None:
         print(f"llada2-mlx: warning: {doubt}", file=sys.stderr)
 
 
@@ -299,7 +302,7 @@ def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGri
     from .imaging.transformer_torch import check_decode
 
     _device(a)
-    check_decode(checkpoint, DECODERS[a.decoder][0], grids)
+    check_decode(checkpoint, DECODERS[a.decoder][0], a.upscale, grids)
     for grid in grids:
         require_same(grid, checkpoint)
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint.layout import Checkpoint
+from .checkpoint.sizes import DECODED_PIXELS, ENCODED_PIXELS
 from .errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_WORD = re.compile(r"[^\W\d_]+")
 _NEEDED = ("<|endoftext|>", "<|mask|>", "<|image|>", "<|/image|>", "<boi>", "<role>", "</role>")
 
 
@@ -43,6 +46,7 @@ class Tokens:
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         self.image_offset = checkpoint.config.image_token_offset
         self.codebook_size = checkpoint.config.codebook_size
+        self.world = checkpoint.world
         stated = _stated_tokens(checkpoint)
         # the library gives a token that is only named in tokenizer_config.json a new id, which the model never saw
         if lacking := [
@@ -95,6 +99,23 @@ class Tokens:
             _forget(model, forbidden)
         return Tokenizer.from_str(json.dumps(content))
 
+    def doubt(self, text: str) -> str | None:
+        """A sentence where ``text`` has words that a toy never learned, else None.
+
+        A toy states what it knows. Its tokenizer was made of just that, so that a word it knows is one token.
+        """
+        if not self.world:
+            return None
+        known = lambda word: any(
+            len(self.encode_text(lead + form)) == 1 for form in _spellings(word) for lead in ("", " ")
+        )
+        if not (unknown := [word for word in dict.fromkeys(_WORD.findall(text)) if not known(word)]):
+            return None
+        return (
+            f"{self.folder.name} is a toy, and these words are none of its own: {', '.join(unknown[:8])}. It knows {self.world}. "
+            "For anything else choose another model."
+        )
+
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids``; special tokens and image codes are left out."""
         return self._tokenizer.decode([i for i in ids if i < self.image_offset], skip_special_tokens=True)
@@ -118,12 +139,18 @@ class Tokens:
         if not {height, width} <= set(self.sizes):
             raise RequestError(
                 f"A grid of {height} x {width} codes (height x width) has no size tokens in the model {self.folder.name}. "
-                f"Sides that have one: {_ranges(self.sizes)} codes (a drawn picture has 32 pixels per code, an encoded one 16)."
+                f"Sides that have one: {_ranges(self.sizes)} codes. The largest is {DECODED_PIXELS * max(self.sizes, default=0)} "
+                f"pixels of a drawn picture ({DECODED_PIXELS} per code), {ENCODED_PIXELS * max(self.sizes, default=0)} of an "
+                f"encoded one ({ENCODED_PIXELS})."
             )
 
     def codes_to_ids(self, codes: list[int]) -> list[int]:
         """Token ids of image codes."""
         return [self.image_offset + code for code in codes]
+
+
+def _spellings(word: str) -> tuple[str, ...]:
+    return word, word.lower(), word.capitalize()
 
 
 def _require_unicode(text: str) -> None:

@@ -72,7 +72,8 @@ class LLaDA2TextToVQ(io.ComfyNode):
         width, height = prompts.side_or_own(width), prompts.side_or_own(height)
         prompts.require_size(width, height)
         rows, columns = tasks.grid_size(backbone, width, height)
-        host.warn(backbone.checkpoint.image_sizes.doubt("drawing", DECODED_PIXELS * columns, DECODED_PIXELS * rows))
+        size = DECODED_PIXELS * columns, DECODED_PIXELS * rows
+        host.warn(backbone.checkpoint.image_sizes.doubt("drawing", *size), backbone.tokens.doubt(prompt))
         drawing = tasks.text_to_vq(
             backbone,
             prompt,
@@ -98,7 +99,10 @@ class LLaDA2Edit(io.ComfyNode):
             search_aliases=["llada", "edit image", "instruction", "image to image", "img2img", "change picture"],
             inputs=[
                 BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
-                VQSocket.Input("vq", tooltip="The picture to change, from SigLIP-VQ Encode with purpose edit."),
+                # lazy: a model of other codes is refused before the picture is made
+                VQSocket.Input(
+                    "vq", lazy=True, tooltip="The picture to change, from SigLIP-VQ Encode with purpose edit."
+                ),
                 io.String.Input(
                     "instruction",
                     multiline=True,
@@ -128,11 +132,21 @@ class LLaDA2Edit(io.ComfyNode):
                 *block_inputs(guided=True),
             ],
             outputs=[VQSocket.Output("vq", tooltip=_VQ_OUT)],
+            hidden=[io.Hidden.dynprompt],
         )
 
     @classmethod
     def validate_inputs(cls, instruction: str | None = None) -> bool | str:
         return host.refusal((prompts.require_text, instruction, "instruction"))
+
+    @classmethod
+    @host.explains
+    def check_lazy_status(cls, backbone, instruction: str, vq=None, **_) -> list[str]:
+        if vq is not None:
+            return []
+        prompts.require_text(instruction, "instruction")
+        host.check_codes(cls.hidden.dynprompt, backbone.source)
+        return ["vq"]
 
     @classmethod
     @host.explains
@@ -154,7 +168,7 @@ class LLaDA2Edit(io.ComfyNode):
         from ..llada2_mlx.backbone.acceptance import Sampling
 
         prompts.require_text(instruction, "instruction")
-        host.warn(doubt(vq[0], backbone.checkpoint, "editing"))
+        host.warn(doubt(vq[0], backbone.checkpoint, "editing"), backbone.tokens.doubt(instruction))
         edited = []
         for grid, own_seed, on_step in host.pictures(vq, seed):
             drawing = tasks.edit(

@@ -20,7 +20,8 @@ class LLaDA2Understand(io.ComfyNode):
             search_aliases=["llada", "vqa", "caption", "describe image", "image to text", "question", "interrogate"],
             inputs=[
                 BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
-                VQSocket.Input("vq", tooltip="The picture, from SigLIP-VQ Encode with purpose understand."),
+                # lazy: a model of other codes is refused before the picture is made
+                VQSocket.Input("vq", lazy=True, tooltip="The picture, from SigLIP-VQ Encode with purpose understand."),
                 io.String.Input(
                     "question",
                     multiline=True,
@@ -48,11 +49,21 @@ class LLaDA2Understand(io.ComfyNode):
             outputs=[
                 io.String.Output("text", is_output_list=True, tooltip="The answer, or one for each picture of a batch.")
             ],
+            hidden=[io.Hidden.dynprompt],
         )
 
     @classmethod
     def validate_inputs(cls, question: str | None = None) -> bool | str:
         return host.refusal((prompts.require_text, question, "question"))
+
+    @classmethod
+    @host.explains
+    def check_lazy_status(cls, backbone, question: str, vq=None, **_) -> list[str]:
+        if vq is not None:
+            return []
+        prompts.require_text(question, "question")
+        host.check_codes(cls.hidden.dynprompt, backbone.source)
+        return ["vq"]
 
     @classmethod
     @host.explains
@@ -63,7 +74,7 @@ class LLaDA2Understand(io.ComfyNode):
         from ..llada2_mlx.backbone.acceptance import Sampling
 
         prompts.require_text(question, "question")
-        host.warn(doubt(vq[0], backbone.checkpoint, "understanding"))
+        host.warn(doubt(vq[0], backbone.checkpoint, "understanding"), backbone.tokens.doubt(question))
         answers = []
         show = host.progress_text()
         for grid, own_seed, on_step in host.pictures(vq, seed):

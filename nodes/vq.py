@@ -27,7 +27,8 @@ class SigLIPVQEncode(io.ComfyNode):
             description="Turns pictures into codes that LLaDA2 reads. Choose what for: the sizes differ. A batch gives a batch.",
             search_aliases=["llada", "image tokenizer", "encode image", "image to vq", "siglip", "vae encode"],
             inputs=[
-                io.Image.Input("image", tooltip="The picture, or a batch."),
+                # lazy: what is wrong with the choice of a model is said before a picture is made
+                io.Image.Input("image", lazy=True, tooltip="The picture, or a batch."),
                 model_input("image tokenizer", own=host.BACKBONES),
                 io.Combo.Input(
                     "purpose",
@@ -67,6 +68,13 @@ class SigLIPVQEncode(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model: str | None = None) -> bool | str:
         return host.refusal((host.check_model, model, Part.IMAGE_TOKENIZER))
+
+    @classmethod
+    @host.explains
+    def check_lazy_status(cls, model: str, size: int = 0, image=None, backbone=None, **_) -> list[str]:
+        host.check_model(host.model_of_backbone(model, backbone), Part.IMAGE_TOKENIZER)
+        side_or_own(size)
+        return ["image"] if image is None else []
 
     @classmethod
     def fingerprint_inputs(cls, model: str, **_) -> tuple:
@@ -148,6 +156,7 @@ class ZImageDecode(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output("image", tooltip="The pictures.")],
+            hidden=[io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -157,11 +166,13 @@ class ZImageDecode(io.ComfyNode):
 
     @classmethod
     @host.explains
-    def check_lazy_status(cls, model: str, decoder: dict | None = None, vq=None, **_) -> list[str]:
+    def check_lazy_status(cls, model: str, upscale: int, decoder: dict | None = None, vq=None, **_) -> list[str]:
         choice = (decoder or {}).get("decoder")  # ComfyUI leaves out a choice that does not exist
         part = _part({"decoder": choice[0] if isinstance(choice, tuple) else choice})
-        host.check_model(model, part, Part.VAE)
-        return ["vq"] if vq is None else []
+        if vq is not None:
+            return []
+        host.check_codes(cls.hidden.dynprompt, model, lambda used: check_decode(used, part, upscale))
+        return ["vq"]
 
     @classmethod
     def fingerprint_inputs(cls, model: str, decoder: dict, **_) -> tuple:
@@ -174,7 +185,7 @@ class ZImageDecode(io.ComfyNode):
         part, sampler = _part(decoder), Sampler(decoder.get("sampler", Sampler.ODE.value))
         options = DecodeOptions(decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"))
         checkpoint = host.checkpoint(model, part, Part.VAE)
-        check_decode(checkpoint, part, vq)
+        check_decode(checkpoint, part, upscale, vq)
         for grid in vq:
             require_same(grid, checkpoint)
         host.warn(checkpoint.image_sizes.doubt_grid("drawing", vq[0]))

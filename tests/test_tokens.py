@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ from llada2_mlx import prompts
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.errors import RequestError
+from llada2_mlx.shapes import grammar
+from llada2_mlx.shapes.world import scenes
 from llada2_mlx.tokens import Tokens
 from llada2_mlx.vq import VQGrid
 
@@ -70,6 +72,35 @@ def test_unconditional_branches_replace_one_thing(tokens: Tokens) -> None:
     assert len(full) - len(no_image) == 64 + 4  # header, codes and end become <|image|> alone
     assert full[-4:] == no_text[-4:] == no_image[-4:] == tokens.header(8, 8)
     assert len(plain) > 1  # plain text, not a special token
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("a fox in the snow", "fox, snow"),
+        ("A red circle. Fox, fox and FOX's den!", "Fox, fox, FOX, den"),
+        ("ein roter Kreis", "ein, roter, Kreis"),
+        ("一只狐狸", "一只狐狸"),
+        ("3 red circles", None),
+        ("", None),
+        ("!?", None),
+    ],
+)
+def test_a_toy_says_which_words_it_never_learned(tokens: Tokens, text: str, unknown: str | None) -> None:
+    toy = Tokens(Checkpoint(BUILT_IN))
+    doubt = toy.doubt(text)
+    assert doubt is None if unknown is None else f"none of its own: {unknown}. It knows circles" in doubt
+    assert tokens.doubt(text) is None  # a model that states no world knows everything
+
+
+def test_a_toy_knows_every_word_that_it_was_taught() -> None:
+    toy, rng = Tokens(Checkpoint(BUILT_IN)), random.Random(0)
+    for scene in islice(scenes("words"), 60):
+        asked = [grammar.question(scene, topic, rng) for topic in grammar.Topic]
+        edits = [edit for change in grammar.Change if (edit := grammar.edit(scene, change, rng))]
+        said = [grammar.caption(scene, rng), grammar.describe(scene), *(edit.instruction for edit in edits)]
+        for text in [*said, *(part for question in asked for part in (question.text, question.answer))]:
+            assert toy.doubt(text) is None, text
 
 
 CONTROLS = [
@@ -160,7 +191,22 @@ def test_a_vocabulary_that_can_spell_a_control_token_does_not(tmp_path: Path, ig
     assert tokens.decode(ids) == "<boi> zzz"
 
 
-ENDS = ["\n", " ", "\t", "\r\n", "\n\n  ", "\u3000", "\xa0", "\u200b", "\ufeff", "\u2060", "\u2028", "\u200e", "\0", "\x85"]
+ENDS = [
+    "\n",
+    " ",
+    "\t",
+    "\r\n",
+    "\n\n  ",
+    "\u3000",
+    "\xa0",
+    "\u200b",
+    "\ufeff",
+    "\u2060",
+    "\u2028",
+    "\u200e",
+    "\0",
+    "\x85",
+]
 
 
 @pytest.mark.parametrize("end", ENDS)

@@ -19,12 +19,12 @@ _VECTORS = "model.vqmodel.quantize.embedding.weight"
 _SAMPLES, _SAMPLE_BYTES = 32, 2**16  # what is hashed of a table: enough to tell two trainings apart, at no cost
 
 
-def origin(checkpoint: Checkpoint) -> Origin:
-    """What the codes of a model carry. A file that is missing or damaged is left out; its loader says what is wrong."""
+def origin(checkpoint: Checkpoint, name: str = "") -> Origin:
+    """What the codes of a model carry; ``name`` is what a person calls it, if not as its folder. A file that is missing or damaged is left out; its loader says what is wrong."""
     folder = checkpoint.root / "image_tokenizer"
     weights = visible(folder, "*.safetensors")
     return Origin(
-        model=checkpoint.root.name,
+        model=name or checkpoint.root.name,
         vectors=_fingerprint(weights[0]) if len(weights) == 1 else "",
         table=_fingerprint(folder / "sigvq_embedding.pt"),
     )
@@ -36,7 +36,12 @@ def require_same(grid: VQGrid, checkpoint: Checkpoint) -> None:
     Raises:
         RequestError: they are of another codebook, and would be another picture.
     """
-    theirs, own = grid.origin, origin(checkpoint)
+    require_one_codebook(grid.origin, checkpoint)
+
+
+def require_one_codebook(theirs: Origin, checkpoint: Checkpoint) -> None:
+    """The same of codes that are still to be made by the model that ``theirs`` says."""
+    own = origin(checkpoint)
     for one, other in ((theirs.vectors, own.vectors), (theirs.table, own.table)):
         if one and other:
             if one == other:

@@ -170,6 +170,12 @@ class Checkpoint:
         return self.json("config.json").get("quantization")
 
     @cached_property
+    def world(self) -> str:
+        """All that a toy knows, as its config states it, for a person; empty for a model of everything."""
+        world = self.json("config.json").get("world", "")
+        return world if isinstance(world, str) else ""
+
+    @cached_property
     def image_sizes(self) -> ImageSizes:
         """What sizes of picture the model was made for; nothing stated where there is no ``config.json``.
 

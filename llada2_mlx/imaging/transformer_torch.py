@@ -46,7 +46,7 @@ class Decoder:
         from diffusers import ZImageTransformer2DModel
 
         checkpoint.require(part)
-        folder = "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
+        folder = _folder(part)
         self.device, self.name = device or default_device(), checkpoint.root.name
         self.prior = load_prior(checkpoint, self.device)
         path, width = checkpoint.only_safetensors(folder), "semantic_embedder.1.weight"
@@ -189,15 +189,26 @@ class _ContextRefiner(nn.Module):
         return self.output
 
 
-def check_decode(checkpoint: Checkpoint, part: Part, grids: Sequence[VQGrid]) -> None:
+def _folder(part: Part) -> str:
+    return "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
+
+
+def check_decode(checkpoint: Checkpoint, part: Part, upscale: int, grids: Sequence[VQGrid] = ()) -> None:
     """Say what would go wrong in decoding, as far as it can be known without reading weights.
 
+    Args:
+        grids: what is to be decoded, once it is there.
+
     Raises:
-        RequestError: a grid is of a model with another codebook.
+        RequestError: a grid is of a model with another codebook, or the decoder cannot enlarge by ``upscale``.
         CheckpointError: the decoder or the VAE is missing or damaged.
     """
     checkpoint.require(part, Part.VAE)
-    safetensors_header(checkpoint.only_safetensors("vae"))
+    for folder in (_folder(part), "vae"):
+        safetensors_header(checkpoint.only_safetensors(folder))
+    checkpoint.image_sizes.require_upscale(upscale)
+    if not grids:
+        return
     codes = read_state_dict(prior_path(checkpoint)).get("prior_token_embedding.weight", torch.empty(0)).shape[0]
     for grid in grids:
         check_codebook(grid, codes, checkpoint.root.name)

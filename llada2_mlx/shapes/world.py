@@ -18,6 +18,10 @@ from PIL import Image
 SIDE = 256  # pixels
 CODE = 32  # pixels of a picture per code
 MOST_SHAPES = 3
+SUMMARY = (
+    "circles, squares, triangles, stars and rings, in red, orange, yellow, green, blue, purple, pink and black, at the "
+    "top left, top right, bottom left and bottom right, on a plain, striped or gradient background"
+)
 
 
 class Kind(Enum):

@@ -4,6 +4,7 @@ from .dependencies import missing_packages, repair_hint
 from .folders import (
     BACKBONES,
     BUILT_IN,
+    BUILT_IN_WORLD,
     CODES,
     check_model,
     checkpoint,
@@ -13,6 +14,7 @@ from .folders import (
     model_of_codes,
     named,
 )
+from .graph import check_codes
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
 from .progress import explains, pictures, progress, progress_text, tell, warn
 from .validation import refusal
@@ -20,10 +22,12 @@ from .validation import refusal
 __all__ = [
     "BACKBONES",
     "BUILT_IN",
+    "BUILT_IN_WORLD",
     "CODES",
     "ManagedBackbone",
     "ManagedPart",
     "backbone",
+    "check_codes",
     "check_model",
     "checkpoint",
     "explains",

@@ -29,13 +29,14 @@ def progress(item: int = 0, items: int = 1) -> OnStep:
     Args:
         item, items: which of how many equal pieces of work this is.
     """
-    bar, phase, show = ProgressBar(1), "", progress_text()
+    bar, phase, show = ProgressBar(1), "", _texts(passing=True)
 
     def step(at: Progress) -> None:
         nonlocal bar, phase
         model_management.throw_exception_if_processing_interrupted()
         if at.phase != phase:  # a bar does not go back
             bar, phase = ProgressBar(1), at.phase
+            _shown.end_passing()
         bar.update_absolute(item * at.total + at.done, items * at.total)
         if at.in_bytes:  # it takes so long that a person wants to know how much is left
             show(f"{at.phase}: {amount(at.done)} of {amount(at.total)}", final=at.done == at.total)
@@ -51,28 +52,33 @@ def pictures(grids: tuple[VQGrid, ...], seed: int) -> Iterator[tuple[VQGrid, int
 
 def progress_text() -> Callable[..., None]:
     """A function that shows a growing text on the running node; with ``final=True`` at once, else not too often."""
+    return _texts()
+
+
+def _texts(passing: bool = False) -> Callable[..., None]:
     last = 0.0
 
     def show(text: str, final: bool = False) -> None:
         nonlocal last
         if final or time.monotonic() - last >= _TEXT_INTERVAL:
             last = time.monotonic()
-            _write(text)
+            _shown.write(text, passing)
 
     return show
 
 
 def tell(sentence: str | None, level: int = logging.INFO, shown: str = "{}") -> None:
-    """Show a sentence on the running node, and write it to the log; None is nothing to tell."""
+    """Show a sentence on the running node for as long as its outcome, and write it to the log; None is nothing to tell."""
     if sentence is None:
         return
     logging.log(level, "ComfyUI-LLaDA2-MLX: %s", sentence)
-    _write(shown.format(sentence))
+    _shown.add_note(shown.format(sentence))
 
 
-def warn(sentence: str | None) -> None:
-    """The same for a warning."""
-    tell(sentence, logging.WARNING, "Warning: {}")
+def warn(*sentences: str | None) -> None:
+    """The same for warnings."""
+    for sentence in sentences:
+        tell(sentence, logging.WARNING, "Warning: {}")
 
 
 def explains(execute: Callable) -> Callable:
@@ -81,22 +87,54 @@ def explains(execute: Callable) -> Callable:
 
     @functools.wraps(execute)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        _write(" ")  # the canvas ignores an empty text
+        _shown.clear()
         try:
             return explained(*args, **kwargs)
         except Exception as error:  # not an interruption, which is no Exception
-            _write(str(error))
+            _shown.clear(str(error))
             raise
+        finally:
+            _shown.end_passing()
 
     return wrapper
 
 
-def _write(text: str) -> None:
-    """Show a text on the running node, to the client that queued the prompt.
+class _Shown:
+    """What the running node shows: notes that stay for as long as its outcome, and one text below them."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.passing = False
+
+    def write(self, text: str, passing: bool = False) -> None:
+        """Show ``text``; one that is ``passing`` is of no use when its phase is over."""
+        self.passing = passing
+        _send("\n\n".join([*self.notes, text] if text else self.notes))
+
+    def add_note(self, note: str) -> None:
+        self.notes.append(note)
+        self.write("")
+
+    def clear(self, text: str = "") -> None:
+        """Show nothing of what was there before, or ``text`` alone."""
+        self.notes.clear()
+        self.write(text)
+
+    def end_passing(self) -> None:
+        if self.passing:
+            self.write("")
+
+
+_shown = _Shown()  # one node runs at a time
+
+
+def _send(text: str) -> None:
+    """Send a text for the running node to the client that queued the prompt.
 
     A text without a client goes to everyone, and lands on whatever node of another graph has the same number.
     """
     context = get_executing_context()
     # outside a run there is no server
     if context is not None and (client := PromptServer.instance.client_id) is not None:
-        PromptServer.instance.send_progress_text(text, context.node_id, client)
+        # the canvas ignores an empty text
+        PromptServer.instance.send_progress_text(text or " ", context.node_id, client)

@@ -339,7 +339,8 @@ def test_an_index_that_is_none(folder: Path, weight_map) -> None:
         resolve(folder, Part.BACKBONE)
 
 
-@pytest.mark.parametrize("sizes", [256, {"drawing": "abc"}, {"drawing": -256}, {"editing": 100}, {"thinking": 256}])
+@pytest.mark.parametrize("sizes", [256, {"drawing": "abc"}, {"drawing": -256}, {"editing": 100}, {"thinking": 256},
+                                   {"upscale": 3}, {"upscale": True}])  # fmt: skip
 def test_image_sizes_that_are_none(folder: Path, sizes) -> None:
     rewrite_json(folder / "config.json", image_sizes=sizes)
     with pytest.raises(CheckpointError, match="image_sizes"):
@@ -482,6 +483,12 @@ def test_a_folder_that_cannot_be_read_costs_only_itself(tmp_path, monkeypatch):
     for name in ("away", "closed", "garbled", "broken", "loop"):
         assert any(f"/{name} cannot be read" in problem for problem in problems), name
     assert len(problems) == 5
+
+
+def test_what_a_toy_knows_is_text_or_nothing(folder: Path) -> None:
+    for world, expected in (("circles", "circles"), (None, ""), (["circles"], "")):
+        rewrite_json(folder / "config.json", world=world)
+        assert Checkpoint(folder).world == expected
 
 
 @pytest.mark.parametrize("name", ["vae/second.safetensors", "decoder/second.safetensors", "model-second.safetensors"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from client import WORKFLOWS, Comfy, Run, workflow
@@ -30,8 +31,8 @@ def ran(run: Run) -> Run:
 
 @pytest.fixture
 def unique(request: pytest.FixtureRequest) -> str:
-    """A prompt that no other test draws, so that nothing of it is cached."""
-    return f"A red circle. ({request.node.name})"
+    """A prompt that no other test draws, so that nothing of it is cached, in words that the toy knows."""
+    return f"A red circle. ({crc32(request.node.name.encode())})"
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -180,10 +181,10 @@ def test_both_decoders(comfy: Comfy, decoder: str, inputs: dict) -> None:
     own = prompt["3"]["inputs"]
     for name in [name for name in own if name.startswith("decoder")]:
         del own[name]
-    own |= {"decoder": decoder, "upscale": 1} | {f"decoder.{name}": value for name, value in inputs.items()}
+    own |= {"decoder": decoder} | {f"decoder.{name}": value for name, value in inputs.items()}
     (path,) = comfy.images(ran(comfy.run(prompt)))
     with Image.open(path) as image:
-        assert image.size == (128, 128)
+        assert image.size == (256, 256)
 
 
 def test_a_batch_gives_a_batch(comfy: Comfy) -> None:
@@ -323,13 +324,71 @@ def test_what_can_be_checked_is_refused_when_queueing(
         ({"model": "partial"}, "has no complete turbo decoder: decoder-turbo/config.json"),
         ({"decoder": "huge"}, "The decoder has to be full or turbo"),
         ({"decoder": None}, "The decoder has to be full or turbo"),
+        ({"upscale": 1}, "upscale is 1, and this model's decoders were made for 2 alone. Set it to 2."),
+        ({"model": "the codes' own", "upscale": 1}, "upscale is 1"),
+        ({"model": "golden"}, "The codes are of the model Shapes (built in), and golden has another codebook."),
+        ({"model": "damaged-decoder"}, "truncated or damaged"),
     ],
 )
 def test_a_decoder_that_cannot_be_used_is_refused_before_anything_is_drawn(
     comfy: Comfy, unique: str, inputs: dict, sentence: str
 ) -> None:
+    damaged(comfy, "damaged-decoder", "decoder-turbo/decoder_model.safetensors")
     run = comfy.run(workflow("text_to_image", **{"2": {"prompt": unique}, "3": inputs}))
     assert sentence in failed(run, "3") and "2" not in run.executed
+
+
+def damaged(comfy: Comfy, name: str, *files: str) -> None:
+    """A copy of the built-in model with some files cut short."""
+    folder = comfy.base / "models/llada2" / name
+    for path in BUILT_IN.rglob("*.*"):
+        own = folder / path.relative_to(BUILT_IN)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        if not own.exists():
+            if str(path.relative_to(BUILT_IN)) in files:
+                own.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            else:
+                own.symlink_to(path)
+
+
+def test_a_model_without_the_decoder_is_refused_before_its_codes_are_drawn(comfy: Comfy, unique: str) -> None:
+    chosen = {"1": {"model": "partial"}, "2": {"prompt": unique}, "3": {"model": "the codes' own"}}
+    run = comfy.run(workflow("text_to_image", **chosen))
+    assert "has no complete turbo decoder" in failed(run, "3") and "2" not in run.executed
+
+
+def test_a_choice_between_links_is_refused_only_if_no_link_will_do(comfy: Comfy, unique: str) -> None:
+    prompt = workflow("text_to_image", **{"2": {"prompt": unique}, "3": {"model": "the codes' own"}})
+    prompt["7"] = {"class_type": "LoadLLaDA2Backbone", "inputs": prompt["1"]["inputs"] | {"model": "partial"}}
+    prompt["8"] = {"class_type": "LLaDA2TextToVQ", "inputs": prompt["2"]["inputs"] | {"backbone": ["7", 0]}}
+    choice = {"switch": False, "on_false": ["2", 0], "on_true": ["8", 0]}
+    prompt["9"] = {"class_type": "ComfySwitchNode", "inputs": choice}
+    prompt["3"]["inputs"]["vq"] = ["9", 0]
+    ran(comfy.run(prompt))
+    choice["on_false"] = ["8", 0]
+    assert "has no complete turbo decoder" in failed(comfy.run(prompt), "3")
+
+
+def test_an_encoder_of_other_codes_is_refused_before_the_picture_is_made(comfy: Comfy, unique: str) -> None:
+    for name, node in (("ask_about_a_picture", "5"), ("edit_a_picture", "5")):
+        prompt = workflow(name, **{"2": {"prompt": unique}, "4": {"model": "golden"}})
+        prompt = {key: each for key, each in prompt.items() if each["class_type"] != "PreviewImage"}
+        saves = [key for key, each in prompt.items() if each["class_type"] == "SaveImage"]
+        for key in saves[:-1] if name == "edit_a_picture" else saves:
+            del prompt[key]
+        run = comfy.run(prompt)
+        assert "of the model golden, and shapes has another codebook" in failed(run, node) and "2" not in run.executed
+
+
+def test_words_that_the_toy_does_not_know_are_warned_of(comfy: Comfy, unique: str) -> None:
+    told = lambda run, node: [text for name, text in run.texts if name == node][-1]
+    asked = {"2": {"prompt": "A fox in the snow. (7)", "steps": 1}, "3": {"decoder.steps": 2}}
+    text = told(ran(comfy.run(workflow("text_to_image", **asked))), "2")
+    assert "shapes is a toy, and these words are none of its own: fox, snow." in text and "It knows circles" in text
+    asked["2"]["prompt"] = "A red circle in the top left, on a plain white background. (7)"
+    assert told(ran(comfy.run(workflow("text_to_image", **asked))), "2") == " "
+    run = ran(comfy.run(workflow("ask_about_a_picture", **{"5": {"question": "Is it a dog? Describe the picture."}})))
+    assert "own: dog." in told(run, "5") and told(run, "5").endswith(f"\n\n{run.outputs['6']['text'][0]}")
 
 
 def test_the_model_is_chosen_once(comfy: Comfy, unique: str) -> None:
@@ -372,6 +431,7 @@ def test_a_size_without_a_token_is_refused_before_any_step(comfy: Comfy) -> None
     # the golden tokenizer's sizes end at 64 codes
     run = comfy.run(workflow("text_to_image", **{"1": {"model": "golden"}, "2": {"width": 2112, "height": 256}}))
     assert "A grid of 8 x 66 codes (height x width) has no size tokens in the model golden" in failed(run, "2")
+    assert "The largest is 2048 pixels of a drawn picture (32 per code)" in failed(run, "2")
     assert not [event for event in run.progress if event["node"] == "2"]
 
 
@@ -413,7 +473,7 @@ def test_texts_go_to_the_client_of_the_prompt_alone(comfy: Comfy, unique: str) -
 
 def test_an_error_is_a_sentence_on_its_node(comfy: Comfy) -> None:
     run = comfy.run(workflow("text_to_image", **{"3": {"model": "golden"}}))
-    assert any("The grid was made by a model" in text for name, text in run.texts if name == "3")
+    assert any("golden has another codebook" in text for name, text in run.texts if name == "3")
 
 
 def test_linked_text_is_checked_first_thing_in_the_run(comfy: Comfy) -> None:
@@ -459,10 +519,10 @@ def test_a_prompt_that_is_too_long(comfy: Comfy) -> None:
 
 
 def test_a_grid_of_another_model_is_refused(comfy: Comfy) -> None:
-    run = comfy.run(workflow("text_to_image", **{"3": {"model": "golden"}}))
-    assert "The grid was made by a model with 2048 codes; the decoder of golden knows 128." in failed(run, "3")
-    run = comfy.run(workflow("ask_about_a_picture", **{"4": {"model": "golden"}}))
-    assert "The grid's codes are of a codebook of 128" in failed(run, "5")
+    for name, node, inputs in (("text_to_image", "3", {"3": {}}), ("ask_about_a_picture", "5", {"4": {}})):
+        (chosen,) = inputs
+        run = comfy.run(workflow(name, **{chosen: {"model": "golden"}}))
+        assert "has another codebook. Use one model for all nodes of a graph." in failed(run, node)
 
 
 def test_a_thin_picture_is_refused(comfy: Comfy) -> None:

@@ -12,12 +12,12 @@ import torch
 
 from ...checkpoint.layout import BUILT_IN, Checkpoint
 from ...tokens import Tokens
-from ..world import SIDE
+from ..world import SIDE, SUMMARY
 from . import backbone, data, decoder, export, text, tokenizer, vae
 from .loop import train
 
 SEED = 0
-SIZES = {"drawing": SIDE, "understanding": SIDE, "editing": tokenizer.SMALL}  # pixels
+SIZES = {"drawing": SIDE, "understanding": SIDE, "editing": tokenizer.SMALL, "upscale": 2}  # pixels, and a factor
 STAGES = ("text", "tokenizer", "vae", "data", "decoder", "turbo", "backbone")
 
 
@@ -50,7 +50,7 @@ class Training:
 
     def text(self) -> None:
         """The config and the text tokenizer."""
-        export.write_text(self.out, backbone.CONFIG, SIZES, text.sentences())
+        export.write_text(self.out, backbone.CONFIG, SIZES, text.sentences(), SUMMARY)
 
     def tokenizer(self) -> None:
         """The image tokenizer."""

@@ -26,16 +26,20 @@ def rounded(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def write_text(folder: Path, config: BackboneConfig, sizes: dict[str, int], sentences: Iterable[str] = ()) -> None:
+def write_text(
+    folder: Path, config: BackboneConfig, sizes: dict[str, int], sentences: Iterable[str] = (), world: str = ""
+) -> None:
     """The backbone's config and its text tokenizer: what prompts are made of.
 
     Args:
         sizes: in pixels, what the checkpoint states that it was made for.
         sentences: what the tokenizer's merges are learned from.
+        world: all that a model knows, for a person; empty for everything.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    stated = {"image_sizes": sizes} | ({"world": world} if world else {})
     published = {"model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "hidden_act": "silu"}
-    write_json(folder / "config.json", published | {"image_sizes": sizes} | asdict(config))
+    write_json(folder / "config.json", published | stated | asdict(config))
     write_tokenizer(folder, config.image_token_offset, sentences)
 
 

@@ -1,0 +1,81 @@
+"""What the graph says of a node's links before anything behind them has run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from comfy_execution.graph_utils import is_link
+from comfy_execution.utils import get_executing_context
+
+from ...llada2_mlx.checkpoint.codebook import origin, require_one_codebook
+from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint
+from ...llada2_mlx.errors import LLaDA2Error
+from .folders import CODES, checkpoint, model_names
+
+if TYPE_CHECKING:
+    from comfy_execution.graph import DynamicPrompt
+
+
+def models_behind(graph: DynamicPrompt | None, name: str) -> list[str]:
+    """The models whose codes or backbone can come over the link ``name`` of the running node.
+
+    Several where a node of somebody else's chooses between links; none where the graph does not say.
+    """
+    context = get_executing_context()
+    if graph is None or context is None:
+        return []
+    inputs = graph.get_node(context.node_id)["inputs"]
+    return list(dict.fromkeys(_models(graph, inputs.get(name), set())))
+
+
+def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkpoint], object] | None = None) -> None:
+    """Say before the codes behind the link ``vq`` are made that they cannot be used with ``model``.
+
+    The hub's model is not looked at, because that could take long.
+
+    Args:
+        model: a name, or "the codes' own".
+        check: called with the checkpoint that is to be used.
+
+    Raises:
+        LLaDA2Error: what ``check`` raises, or the model has another codebook than every one that the codes can be of.
+    """
+    makers = models_behind(graph, "vq")
+    used = makers if model == CODES else [model]
+    if HUB_MODEL in (*used, *makers):
+        return
+    if check is not None:
+        _require_any(lambda own=own: check(checkpoint(own)) for own in used)
+    if model != CODES:
+        _require_any(partial(_check_pair, maker, model) for maker in makers)
+
+
+def _check_pair(maker: str, model: str) -> None:
+    require_one_codebook(origin(checkpoint(maker), maker), checkpoint(model))
+
+
+def _models(graph: DynamicPrompt, link: Any, seen: set[str]) -> Iterator[str]:
+    if not is_link(link) or link[0] in seen or not graph.has_node(link[0]):
+        return
+    seen.add(link[0])
+    inputs = graph.get_node(link[0])["inputs"]
+    if (model := inputs.get("model")) in model_names():
+        yield model
+    else:  # of a node that draws, reads or encodes, the backbone says which model it is
+        for each in [inputs["backbone"]] if "backbone" in inputs else inputs.values():
+            yield from _models(graph, each, seen)
+
+
+def _require_any(checks: Iterable[Callable[[], object]]) -> None:
+    """Raise the first error if every check raises one."""
+    errors = []
+    for check in checks:
+        try:
+            check()
+            return
+        except LLaDA2Error as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
