@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # the words of the command line for what the library calls so; the library itself is imported when it is needed
 SAMPLERS = {"ode": "ODE", "published": "as published"}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
-PARTS = {part.name.lower().replace("_", "-"): part for part in Part}
+PARTS = {part.word: part for part in Part}
 ALL_TASKS = [name for name, part in PARTS.items() if part is not Part.DECODER]  # the turbo decoder is the default
 PURPOSES = {"understand": "understand", "edit": "edit", "edit-published": "edit as published"}
 

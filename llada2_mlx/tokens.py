@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .checkpoint.hub import again
 from .checkpoint.layout import Checkpoint
 from .checkpoint.sizes import DECODED_PIXELS, ENCODED_PIXELS
 from .errors import CheckpointError, RequestError
@@ -41,7 +42,8 @@ class Tokens:
             )
         except Exception as error:  # the library raises whatever its readers raise
             raise CheckpointError(
-                f"The text tokenizer in {checkpoint.root} cannot be read ({error}). Download it again."
+                f"The text tokenizer in {checkpoint.root} cannot be read ({error}). "
+                f"{again(checkpoint.root / 'tokenizer.json')}"
             ) from error
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         self.image_offset = checkpoint.config.image_token_offset

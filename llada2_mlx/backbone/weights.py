@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checkpoint.config import BackboneConfig
+from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors
 from ..errors import CheckpointError
 from ..progress import Progress
@@ -95,7 +96,7 @@ class Reader:
         if bad := [name for name, ok in zip(names, finite.tolist()) if not ok]:
             raise CheckpointError(
                 f"{self._tensors[bad[0]].file} holds values that are not finite (NaN or infinity) in {bad[0]}. "
-                "Download it again."
+                f"{again(self._tensors[bad[0]].file)}"
             )
         return value
 

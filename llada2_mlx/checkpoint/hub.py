@@ -84,13 +84,18 @@ def snapshot(folder: Path) -> Path:
     return folder
 
 
-def again(path: Path) -> str:
-    """What to do about a damaged file of a model, as a sentence: ``download`` compares what is there with its sums."""
+def repo_of(path: Path) -> str | None:
+    """The hub id of the model that a file or folder in the hub's cache belongs to; None where it is not in there."""
     for folder in path.parents:
         if folder.name.startswith("models--") and folder.parent.resolve() == _cache():
-            repo = folder.name.removeprefix("models--").replace("--", "/")
-            return f"Download it again with: llada2-mlx download {repo}"
-    return "Download it again."
+            return folder.name.removeprefix("models--").replace("--", "/")
+    return None
+
+
+def again(path: Path) -> str:
+    """What to do about a damaged file of a model, as a sentence: ``download`` compares what is there with its sums."""
+    repo = repo_of(path)
+    return f"Download it again with: llada2-mlx download {repo}" if repo else "Download it again."
 
 
 def doubtful(folder: Path, names: Collection[str], on_step: OnStep) -> tuple[list[str], list[str]]:

@@ -38,6 +38,11 @@ class Part(Enum):
     DECODER_TURBO = "turbo decoder"
     VAE = "VAE"
 
+    @property
+    def word(self) -> str:
+        """What the command line calls it."""
+        return self.name.lower().replace("_", "-")
+
 
 # Each part's files, as globs from the checkpoint folder: the same list checks a folder and limits a download.
 FILES = {
@@ -75,6 +80,11 @@ class Checkpoint:
     def files(self, part: Part) -> list[Path]:
         """The files of ``part`` that are there, sorted."""
         return sorted(path for pattern in _patterns(part) for path in visible(self.root, pattern))
+
+    def fingerprint(self, *parts: Part) -> tuple[tuple, ...]:
+        """The state of the files of ``parts``: it changes when they are replaced, and with nothing else."""
+        files = sorted({path for part in parts for path in self.files(part)})
+        return tuple((path.relative_to(self.root).as_posix(), *_stamp(path)) for path in files)
 
     def missing(self, part: Part) -> list[str]:
         """The files of ``part`` that this folder lacks or has damaged, relative to it, some as globs; empty if it is complete.
@@ -135,9 +145,11 @@ class Checkpoint:
                 name, fault = next(iter(lacks.items()))
                 raise CheckpointError(f"{self.root / name} {fault}. {hub.again(self.root / name)}")
             if lacks:
+                repo = hub.repo_of(self.root)
+                command = f" with: llada2-mlx download {repo} --parts {part.word}" if repo else ""
                 raise CheckpointError(
                     f"The model folder {self.root} has no complete {part.value}: {told(lacks)}. A folder in the layout "
-                    f"of {HUB_MODEL} is needed; download what is missing or choose another model."
+                    f"of {HUB_MODEL} is needed. Choose another model, or download what is missing{command or '.'}"
                 )
             for pattern in self._surplus(part):  # said now, not after the work that comes before the part
                 self.only_safetensors(pattern.partition("/")[0])
@@ -205,7 +217,8 @@ class Checkpoint:
 
     def weight_bytes(self, part: Part) -> int:
         """About what the weights of a part that runs in PyTorch take in memory."""
-        stored = sum(_size(path) for path in self.files(part) if path.suffix in (".safetensors", ".pt"))
+        weights = [path for path in self.files(part) if path.suffix in (".safetensors", ".pt")]
+        stored = sum(stamp[0] for path in weights if (stamp := _stamp(path)))
         return 2 * stored if part is Part.VAE else stored  # the VAE runs in float32
 
     def _weight_map(self) -> dict[str, str]:
@@ -250,10 +263,12 @@ def _is_file(path: Path) -> bool:
     return False
 
 
-def _size(path: Path) -> int:
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Size and time of a file; nothing of one that vanished or may not be read, which its loader says."""
     with suppress(OSError):
-        return path.stat().st_size
-    return 0
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
+    return ()
 
 
 ABSENT = "is not there"

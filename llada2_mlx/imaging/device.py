@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import safe_open
 
+from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, safetensors_header
 from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
@@ -71,11 +72,9 @@ def read_state_dict(path: Path, device: torch.device | None = None) -> dict[str,
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except Exception as error:  # torch.load raises whatever its readers raise
-        raise CheckpointError(
-            f"{path} cannot be read: it is truncated or damaged ({error}). Download it again."
-        ) from error
+        raise CheckpointError(f"{path} cannot be read: it is truncated or damaged ({error}). {again(path)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{path} is not a state dict. Download it again.")
+        raise CheckpointError(f"{path} is not a state dict. {again(path)}")
     return tensors if device is None else _finite({name: tensor.to(device) for name, tensor in tensors.items()}, path)
 
 
@@ -98,9 +97,7 @@ def usable(name: str) -> torch.device:
 def _finite(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist() if tensors else []
     if bad := [name for name, ok in zip(tensors, finite, strict=True) if not ok]:
-        raise CheckpointError(
-            f"{path} holds values that are not finite (NaN or infinity) in {bad[0]}. Download it again."
-        )
+        raise CheckpointError(f"{path} holds values that are not finite (NaN or infinity) in {bad[0]}. {again(path)}")
     return tensors
 
 
@@ -127,9 +124,7 @@ def build(make: Callable[[], T], config: Path) -> T:
         with torch.device("meta"):
             return make()
     except Exception as error:  # whatever a library makes of values that it does not expect
-        raise CheckpointError(
-            f"{config} describes no network that can be built ({error}). Download it again."
-        ) from error
+        raise CheckpointError(f"{config} describes no network that can be built ({error}). {again(config)}") from error
 
 
 def read_config(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:

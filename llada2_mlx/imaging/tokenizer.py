@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ..checkpoint.codebook import origin
+from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, Part
 from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
@@ -41,7 +42,9 @@ class ImageTokenizer:
         config = checkpoint.json(name)
         vision, quantiser = (config.get(key) for key in ("vision_config", "vq_config"))
         if not isinstance(vision, dict) or not isinstance(quantiser, dict):
-            raise CheckpointError(f"{checkpoint.root / name} has no vision_config or no vq_config. Download it again.")
+            raise CheckpointError(
+                f"{checkpoint.root / name} has no vision_config or no vq_config. {again(checkpoint.root / name)}"
+            )
         self.device = device or default_device()
         self.vision, self.quantiser = build(
             lambda: (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -62,18 +61,7 @@ def fingerprint(model: str, *parts: Part) -> tuple:
     if model in (CODES, BACKBONES):  # whichever it will be
         return tuple((name, fingerprint(name, *parts)) for name in _folders())
     folder = _folders().get(model)
-    if folder is None:
-        return ()
-    files = {path for part in parts for path in Checkpoint(folder).files(part)}
-    return tuple((str(path.relative_to(folder)), *_stat(path)) for path in sorted(files))
-
-
-def _stat(path: Path) -> tuple[int, ...]:
-    """Size and time of a file; nothing of one that vanished or may not be read, which its loader says."""
-    with suppress(OSError):
-        found = path.stat()
-        return found.st_size, found.st_mtime_ns
-    return ()
+    return () if folder is None else Checkpoint(folder).fingerprint(*parts)
 
 
 def named(model: str, grids: Sequence[VQGrid]) -> tuple[VQGrid, ...]:

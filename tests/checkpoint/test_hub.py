@@ -452,6 +452,28 @@ def test_a_cache_that_says_nothing(hub: Hub, content: bytes | None) -> None:
     assert "cannot be read" in refused(Part.VAE)
 
 
+def test_a_check_writes_nothing(hub: Hub, tmp_path: Path) -> None:
+    def state() -> dict[str, int]:
+        return {str(path): path.lstat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
+
+    resolve(HUB_MODEL, *Part)
+    before, seen = state(), []
+    resolve(HUB_MODEL, *Part, verify=True, on_step=seen.append)
+    assert state() == before  # as a cache that is read-only needs it
+    assert {each.phase for each in seen} == {"checking files"} and seen[-1].done == seen[-1].total > 10**5
+
+
+def test_a_check_can_be_cancelled(hub: Hub) -> None:
+    resolve(HUB_MODEL, Part.VAE)
+
+    def cancel(progress: Progress) -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        resolve(HUB_MODEL, Part.VAE, verify=True, on_step=cancel)
+    assert not [thread for thread in threading.enumerate() if thread.name == "download"]
+
+
 def test_a_name_that_leads_elsewhere(hub: Hub, published: Path, tmp_path: Path) -> None:
     root, name = resolve(HUB_MODEL, Part.VAE).root, "vae/config.json"
     (tmp_path / "mine.json").write_text("{}")

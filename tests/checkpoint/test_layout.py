@@ -578,3 +578,46 @@ def test_a_part_that_cannot_be_read_costs_only_itself(
 def test_a_model_that_is_no_path(model: str) -> None:
     with pytest.raises(CheckpointError, match="There is no model folder|cannot be read|no complete"):
         resolve(model, Part.VAE)
+
+
+def test_a_fingerprint_without_the_file_that_vanished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, looks, real = Checkpoint(folder), [], os.stat
+    before = checkpoint.fingerprint(Part.VAE, Part.DECODER)
+    gone = folder / "vae/config.json"
+
+    def stat(path, **options):
+        if isinstance(path, (str, os.PathLike)) and Path(path) == gone:
+            looks.append(path)
+            if len(looks) > listing:
+                raise OSError(116, "Stale file handle")
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    listing = 10**6
+    checkpoint.files(Part.VAE)
+    listing = len(looks)  # the next time it is there when the folder is listed, and no longer after that
+    looks.clear()
+    found = checkpoint.fingerprint(Part.VAE, Part.DECODER)
+    assert ("vae/config.json",) in found and len(looks) > listing
+    assert [each for each in found if len(each) > 1] == [each for each in before if each[0] != "vae/config.json"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "vae/diffusion_pytorch_model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_in_the_hubs_cache_says_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    root = Path(shutil.copytree(tiny(), tmp_path / "models--someone--model/snapshots/abc"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    if name == "tokenizer.json":
+        (root / name).write_text("{}")
+    else:
+        rewrite(root / name, lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match="Download it again with: llada2-mlx download someone/model$"):
+        load_part(Checkpoint(root), Part.VAE) if name.startswith("vae") else tasks.text_to_vq(opened(root), "a cat")
+    (root / name).write_bytes(b"half")
+    part = Part.VAE if name.startswith("vae") else Part.BACKBONE
+    with pytest.raises(CheckpointError, match="Download it again with: llada2-mlx download someone/model$"):
+        resolve(root, part)
+    (root / name).unlink()
+    with pytest.raises(CheckpointError, match=f"with: llada2-mlx download someone/model --parts {part.word}$"):
+        resolve(root, part)
