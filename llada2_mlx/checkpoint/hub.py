@@ -66,10 +66,11 @@ def cached(repo: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:  # without patterns the client takes a folder with some of the parts for an error
-        return Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
+        found = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
+        return found if _is_revision(found.name) and found.parent == _store(repo) / "snapshots" else None
     except LocalEntryNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise CheckpointError(
             f"What {_store(repo)} holds cannot be read ({_reason(error)}). Allow reading it, or remove it and download "
             f"the model again."
@@ -77,17 +78,29 @@ def cached(repo: str) -> Path | None:
 
 
 def snapshot(folder: Path) -> Path:
-    """``folder``; or the model in it, if it is one that the hub's cache keeps (``models--owner--name``)."""
+    """``folder``; or the model in it, if it is one that the hub's cache keeps (``models--owner--name``).
+
+    Raises:
+        OSError, ValueError: it is one, and what it says of its revision cannot be read or is none.
+    """
     main = folder / "refs" / "main"
     if (folder / "snapshots").is_dir() and main.is_file():
-        return folder / "snapshots" / main.read_text().strip()
+        name = main.read_text().strip()
+        if not _is_revision(name):
+            raise ValueError(f"{name!r} is no revision")
+        return folder / "snapshots" / name
     return folder
+
+
+def _is_revision(name: str) -> bool:
+    """Whether a revision's folder may have this name; it is read from a file that anybody may have written."""
+    return name not in (".", "..") and re.fullmatch(r"[\w.-]+", name) is not None
 
 
 def repo_of(path: Path) -> str | None:
     """The hub id of the model that a file or folder in the hub's cache belongs to; None where it is not in there."""
     for folder in path.parents:
-        if folder.name.startswith("models--") and folder.parent.resolve() == _cache():
+        if folder.name.startswith("models--") and Path(os.path.realpath(folder.parent)) == _cache():
             return folder.name.removeprefix("models--").replace("--", "/")
     return None
 
@@ -568,7 +581,7 @@ def _reason(error: Exception) -> str:
 def _cache() -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    return Path(os.path.realpath(os.path.expanduser(constants.HF_HUB_CACHE)))  # not resolve(), which fails on a circle
 
 
 def _store(repo: str) -> Path:

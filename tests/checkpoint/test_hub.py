@@ -445,11 +445,36 @@ def test_a_folder_in_the_place_of_a_file_stays(hub: Hub, place: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", None])
-def test_a_cache_that_says_nothing(hub: Hub, content: bytes | None) -> None:
-    main = resolve(HUB_MODEL, Part.VAE).root.parent.parent / "refs/main"
-    main.unlink()
-    main.mkdir() if content is None else main.write_bytes(content)
-    assert "cannot be read" in refused(Part.VAE)
+def test_a_cache_whose_revision_cannot_be_read(hub: Hub, content: bytes | None) -> None:
+    store = resolve(HUB_MODEL, Part.VAE).root.parent.parent
+    (store / "refs/main").unlink()
+    (store / "refs/main").mkdir() if content is None else (store / "refs/main").write_bytes(content)
+    assert f"What {store} holds cannot be read" in refused(Part.VAE)
+    shutil.rmtree(store)  # as the message says
+    resolve(HUB_MODEL, Part.VAE)
+
+
+@pytest.mark.parametrize("content", [b"..", b"../..", b"", b"a\0b"])
+def test_a_cache_that_names_no_revision_is_told_it_anew(hub: Hub, content: bytes) -> None:
+    root = resolve(HUB_MODEL, Part.VAE).root
+    store, main = root.parent.parent, root.parent.parent / "refs/main"
+    main.write_bytes(content)
+    assert "is no revision" in refused(Part.VAE, model=str(store))
+    hub.requests.clear()
+    assert resolve(HUB_MODEL, Part.VAE).root == root and main.read_text() == hub.commit
+    assert not hub.fetched()  # the files are there
+
+
+@pytest.mark.parametrize("place", ["cache", "cache/models--inclusionAI--LLaDA2.0-Uni", "cache/.locks"])
+@pytest.mark.parametrize("kind", ["file", "circle"])
+def test_a_cache_that_is_none(hub: Hub, tmp_path: Path, place: str, kind: str) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch() if kind == "file" else (tmp_path / place).symlink_to(tmp_path / place)
+    for verify in (False, True):
+        with pytest.raises(CheckpointError, match=f"{tmp_path / place}.* cannot be (read|written)"):
+            resolve(HUB_MODEL, Part.VAE, verify=verify)
+    (tmp_path / place).unlink()
+    resolve(HUB_MODEL, Part.VAE)
 
 
 def test_a_check_writes_nothing(hub: Hub, tmp_path: Path) -> None:
