@@ -210,7 +210,7 @@ class _Plan:
     commit: str
     known: bool  # whether the cache holds this revision as the model's
     files: tuple[_File, ...]
-    sums: dict[tuple, str] = field(default_factory=dict)  # of files that were read, by path, size and time
+    sums: dict[tuple, str] = field(default_factory=dict)  # of files that were read, by which file it is, size and time
 
     @property
     def store(self) -> Path:
@@ -290,8 +290,11 @@ class _Plan:
         """Refuse what does not fit on the disk, before any of it is fetched."""
         needed = sum(file.size - self.arrived(file) for file in absent)
         cache = _cache()
-        place = next(path for path in (cache, *cache.parents) if path.exists())
-        free = shutil.disk_usage(place).free
+        place = next(path for path in (cache, *cache.parents) if os.path.exists(path))
+        try:
+            free = shutil.disk_usage(place).free
+        except OSError:  # a disk that does not tell; when it is full, it will
+            return
         if needed and needed + RESERVE > free:
             raise CheckpointError(
                 f"{self.repo} needs {amount(needed)} more in {cache} and {amount(RESERVE)} to spare, and "

@@ -269,6 +269,14 @@ def test_a_disk_without_room_is_refused_before_anything_is_fetched(
     resolve(HUB_MODEL, Part.DECODER)
 
 
+def test_a_disk_that_does_not_tell_its_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    assert not resolve(HUB_MODEL, Part.VAE).missing(Part.VAE)
+
+
 def test_what_has_arrived_needs_no_more_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(hub)
     rest = (hub.folder / SHARDS[1]).stat().st_size - 20_000 + 4096
