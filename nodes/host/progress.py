@@ -105,11 +105,16 @@ class _Shown:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.passing = False
+        self._written: set[str] = set()  # nodes that have shown a text
 
     def write(self, text: str, passing: bool = False) -> None:
         """Show ``text``; one that is ``passing`` is of no use when its phase is over."""
         self.passing = passing
-        _send("\n\n".join([*self.notes, text] if text else self.notes))
+        context, whole = get_executing_context(), "\n\n".join([*self.notes, text] if text else self.notes)
+        # outside a run there is no server, and a node that has shown nothing has no room for a text yet
+        if context is not None and (whole or context.node_id in self._written):
+            self._written.add(context.node_id)
+            _send(whole, context.node_id)
 
     def add_note(self, note: str) -> None:
         self.notes.append(note)
@@ -128,13 +133,10 @@ class _Shown:
 _shown = _Shown()  # one node runs at a time
 
 
-def _send(text: str) -> None:
-    """Send a text for the running node to the client that queued the prompt.
+def _send(text: str, node: str) -> None:
+    """Send a text for a node to the client that queued the prompt.
 
     A text without a client goes to everyone, and lands on whatever node of another graph has the same number.
     """
-    context = get_executing_context()
-    # outside a run there is no server
-    if context is not None and (client := PromptServer.instance.client_id) is not None:
-        # the canvas ignores an empty text
-        PromptServer.instance.send_progress_text(text or " ", context.node_id, client)
+    if (client := PromptServer.instance.client_id) is not None:
+        PromptServer.instance.send_progress_text(text or " ", node, client)  # the canvas ignores an empty text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import combinations
 from pathlib import Path
 from zlib import crc32
 
@@ -244,6 +245,20 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
     needs_a_picture = any(node["class_type"] == "SigLIPVQEncode" for node in graph.values())
     assert ("Load Image" in note["widgets_values"][0]) == needs_a_picture
     assert any(node["type"] == "LoadImage" for node in editor["nodes"]) == needs_a_picture
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_node_of_a_template_hides_another(name: str) -> None:
+    """With the room that a text below a node takes, which comes when the node has something to say."""
+    title, text, gap = 30, 60, 10  # pixels
+    boxes = []
+    for node in json.loads((WORKFLOWS / f"{name}.json").read_text())["nodes"]:
+        (left, top), (width, height) = node["pos"], node["size"]
+        below = 0 if node["type"] in ("MarkdownNote", "LoadImage", "SaveImage", "PreviewImage") else text
+        boxes.append((left, top - title, left + width + gap, top + height + below + gap))
+    for one, other in combinations(boxes, 2):
+        apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+        assert apart, (one, other)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
