@@ -121,13 +121,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.other(hub.instead["api"])
             elif url.path.startswith("/cdn/"):
                 self.content(url.path.removeprefix("/cdn/"), {})
-            elif url.path.startswith(f"{api}/tree/"):
-                self.json([self.described(name, "path", "oid") | {"type": "file"} for name in hub.names()])
             elif url.path == api or url.path.startswith(f"{api}/revision/"):
                 if url.path.rpartition("/")[2] not in ("main", hub.commit) and url.path != api:
                     return self.refuse("RevisionNotFound")
                 blobs = "blobs" in parse_qs(url.query)
-                files = [self.described(n, "rfilename", "blobId") if blobs else {"rfilename": n} for n in hub.names()]
+                files = [self.described(n) if blobs else {"rfilename": n} for n in hub.names()]
                 self.json(hub.changed({"id": hub.repo, "modelId": hub.repo, "sha": hub.commit, "siblings": files}))
             elif url.path.startswith(model):
                 revision, _, name = url.path.removeprefix(model).partition("/")
@@ -139,13 +137,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             else:
                 self.refuse("RepoNotFound")
 
-        def described(self, name: str, named: str, summed: str) -> dict:
+        def described(self, name: str) -> dict:
             path = hub.folder / name
-            about = {named: name, "size": path.stat().st_size, summed: sum_of(path)}
+            about = {"rfilename": name, "size": path.stat().st_size, "blobId": sum_of(path)}
             if is_large(name):
-                about[summed] = hashlib.sha1(name.encode()).hexdigest()  # of the pointer that stands for it
-                key = "oid" if summed == "oid" else "sha256"
-                about["lfs"] = {key: sum_of(path), "size": path.stat().st_size, "pointerSize": 130}
+                about["blobId"] = hashlib.sha1(name.encode()).hexdigest()  # of the pointer that stands for it
+                about["lfs"] = {"sha256": sum_of(path), "size": path.stat().st_size, "pointerSize": 130}
             return about
 
         def file(self, name: str) -> None:

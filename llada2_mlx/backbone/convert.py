@@ -122,7 +122,8 @@ def convert(
             if copy.exists():
                 shutil.rmtree(copy)
             partial.rename(copy)
-            lock.unlink(missing_ok=True)
+            if lock.exists() and not lock.stat().st_size:  # one with something in it is somebody's
+                lock.unlink()
     except Timeout:
         raise LLaDA2Error(f"{copy} is being written by another program; wait until it is done.") from None
     except OSError as error:

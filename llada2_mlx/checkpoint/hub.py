@@ -1,8 +1,8 @@
 """The Hugging Face hub: what its cache on this machine holds of a model, and how the rest gets there.
 
-The session, addresses, credentials and retries are the hub client's, and so is the layout of its cache. Each answer is
-judged here before anything of it is kept, because the client (2.4) looks at neither sums nor pages in place of files,
-throws a file away that did not arrive whole, and copies files under their own names where a disk has no links.
+The session, addresses and credentials are the hub client's, and so is the layout of its cache. Each answer is judged here
+before anything of it is kept, because the client (2.4) compares no sums and keeps pages in place of files, throws a file
+away that did not arrive whole, and copies files to their names where a disk has no links.
 """
 
 from __future__ import annotations

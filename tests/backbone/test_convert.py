@@ -559,6 +559,12 @@ def test_a_strangers_file_in_a_copy_that_is_no_longer_current_stays(source: Chec
     assert is_current(own_copy(source, 4), source, 4)
 
 
+def test_a_strangers_file_in_the_place_of_the_lock_stays(source: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / ".copy.lock").write_text("mine")
+    converted(source, tmp_path / "copy", 8)
+    assert (tmp_path / ".copy.lock").read_text() == "mine"
+
+
 def test_a_copy_with_its_parts_can_be_replaced(source: Checkpoint) -> None:
     copy = own_copy(source, 8)
     assert cli.main(["convert", str(source.root), str(copy), "--bits", "8"]) == 0
