@@ -54,12 +54,6 @@ def test_a_picture_of_1024_is_not_cut_and_a_larger_one_is(monkeypatch: pytest.Mo
     assert len(sizes) == 4 and max(max(size) for size in sizes) == TILE // 8
 
 
-def test_what_it_needs_to_work_is_bounded_by_a_tile() -> None:
-    small, large = (VAE.working_bytes(torch.empty(1, 16, side, side)) for side in (64, 256))
-    assert small == (4096 + 36) * 512**2
-    assert large == 4096 * TILE**2 + 36 * 2048**2
-
-
 def test_pixels_that_are_not_finite_are_no_picture() -> None:
     vae = VAE(Checkpoint(tiny()), CPU)
     vae.model.decoder.conv_out.bias.data.fill_(float("nan"))
