@@ -72,10 +72,10 @@ class VAE:
         """What ``decode`` takes in memory beside the weights, for latents of this shape; nothing is loaded.
 
         Fitted to what ``python -m benchmarks.memory`` (in ``tests/``) counts at the published widths: the live tensors of a
-        whole call are 3 KiB a pixel of a tile, three times the values that go into the last block. To that comes an eighth
-        for what convolutions take for themselves, which a process in float32 on a CPU had at 512 pixels; and 36 bytes a pixel
-        of the picture, which is there as tiles, as rows of tiles and as a whole. Where the middle's attention
-        writes its scores out, they may be more.
+        whole call are 3 KiB a pixel of a tile, three times the values that go into the last block. To that comes a quarter
+        for what convolutions take for themselves: with ``--vae`` a process in float32 on a CPU grew by 3,450 bytes a pixel at
+        512 pixels, and by 3,590 at 640. And 36 bytes a pixel of the picture, which is there as tiles, as rows of tiles and
+        as a whole. Where the middle's attention writes its scores out, they may be more.
 
         Raises:
             CheckpointError: the config is missing or describes no VAE.
@@ -83,7 +83,7 @@ class VAE:
         config = _network(checkpoint).config
         widths, size = config.block_out_channels, 4 if config.force_upcast else 2
         height, width = (min(side, TILE // LATENT_PIXELS) for side in latents.shape[-2:])
-        tile = 3 * widths[:2][-1] * size * height * width * LATENT_PIXELS**2 * 9 // 8
+        tile = 3 * widths[:2][-1] * size * height * width * LATENT_PIXELS**2 * 5 // 4
         # one head, of the width of the middle
         scores = score_bytes(device, 1, height * width, widths[-1], size)
         middle = scores + 7 * height * width * widths[-1] * size if scores else 0
