@@ -8,7 +8,7 @@ from ..llada2_mlx.errors import RequestError
 from ..llada2_mlx.imaging.flow import SOLVERS, DecodeOptions, Sampler
 from ..llada2_mlx.imaging.pixels import to_images
 from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, SMALLEST_SIDE, UNIT, Purpose, prepare_for, side_or_own, use_of
-from ..llada2_mlx.imaging.transformer_torch import check_decode
+from ..llada2_mlx.imaging.transformer_torch import Decoder, check_decode
 from ..llada2_mlx.imaging.vae import VAE
 from . import host
 from .sockets import BackboneSocket, VQSocket, model_input, seed_input
@@ -190,11 +190,11 @@ class ZImageDecode(io.ComfyNode):
             require_same(grid, checkpoint)
         host.warn(checkpoint.image_sizes.doubt_grid("drawing", vq[0]))
         on_step = host.progress()
-        decoder = host.image_part(model, part)
-        working = decoder.get(on_step).working_bytes(vq[0], upscale)
+        decoder, vae = host.image_part(model, part), host.image_part(model, Part.VAE)
+        working = Decoder.working_bytes(checkpoint, part, vq, options, decoder.load_device)
         latents = decoder.get(on_step, working).sample(vq, options, on_step)
-        vae = host.image_part(model, Part.VAE).get(on_step, VAE.working_bytes(latents))
-        return io.NodeOutput(vae.decode(latents, on_step))
+        working = VAE.working_bytes(checkpoint, latents, vae.load_device)
+        return io.NodeOutput(vae.get(on_step, working).decode(latents, on_step))
 
 
 def _part(decoder: dict) -> Part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import demonstration
 import pytest
 
 from llada2_mlx.backbone.handle import Backbone
@@ -31,3 +32,8 @@ def checkpoint(golden: Path) -> Checkpoint:
 @pytest.fixture(scope="session")
 def backbone(checkpoint: Checkpoint) -> Backbone:
     return Backbone(checkpoint, "float32")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> demonstration.Demo:
+    return demonstration.make(tmp_path_factory.mktemp("demo") / "demo")

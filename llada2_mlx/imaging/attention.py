@@ -15,7 +15,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 SCORES = 2**29  # elements that a matrix of scores may have
-KERNELS_OF_ITS_OWN = (2, 13)  # the PyTorch whose MPS attention writes no scores out
+# the PyTorch whose MPS attention writes no scores out, for heads of these widths (pytorch/pytorch#181575)
+KERNELS_OF_ITS_OWN = (2, 13)
+KERNEL_HEADS = frozenset({32, 64, 72, 80, 96, 128, 256})
 
 
 class QueriesInPieces(TorchFunctionMode):
@@ -61,12 +63,30 @@ def attention_for(device: torch.device) -> QueriesInPieces:
     return QueriesInPieces()
 
 
+def score_bytes(device: torch.device, heads: int, tokens: int, head_width: int, item_bytes: int) -> int:
+    """Bytes of scores that attention of a sequence with itself has in memory at once, in ``attention_for(device)``.
+
+    Where MPS writes them out they are there three times: in float32 before and after the softmax, and in the queries' type.
+    That is read in PyTorch's source, not measured. Other devices write none.
+
+    Args:
+        item_bytes: of a value of the queries.
+    """
+    if device.type != "mps" or (head_width in KERNEL_HEADS and not _old()):
+        return 0
+    return min(SCORES, heads * tokens**2) * (4 + 4 + item_bytes)
+
+
+def _old() -> bool:
+    version = torch.__version__.partition("+")[0]
+    return tuple(int(part) for part in version.split(".")[:2]) < KERNELS_OF_ITS_OWN
+
+
 @cache
 def _advise() -> None:
-    version = torch.__version__.partition("+")[0]
-    if tuple(int(part) for part in version.split(".")[:2]) < KERNELS_OF_ITS_OWN:
+    if _old():
         logging.warning(
             "ComfyUI-LLaDA2-MLX: PyTorch %s on MPS writes all attention scores into memory. PyTorch 2.13 or later has faster "
             "kernels that do not: update it for a faster decoder that needs less memory.",
-            version,
+            torch.__version__.partition("+")[0],
         )

@@ -17,6 +17,7 @@ from ..checkpoint.layout import Checkpoint, Part
 from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid
+from .attention import attention_for
 from .device import build, default_device, load_module, read_tensors
 from .prepare import PATCH, Purpose, prepare_for, use_of
 
@@ -99,9 +100,9 @@ class ImageTokenizer:
         pixels = ((pixels - 0.5) / 0.5).to(self.vision.dtype)
         patches = rearrange(pixels, "(h p) (w q) c -> (h w) (c p q)", p=PATCH, q=PATCH)
         height, width = image.height // PATCH, image.width // PATCH
-        features = self.vision(
-            patches, grid_thw=torch.tensor([[1, height, width]], device=self.device)
-        ).last_hidden_state
+        where = torch.tensor([[1, height, width]], device=self.device)
+        with attention_for(self.device):
+            features = self.vision(patches, grid_thw=where).last_hidden_state
         codes = self.quantiser.encode(rearrange(features, "(b h w) c -> b c h w", b=1, h=height)).image_tokens
         return VQGrid(codes.view(height, width).cpu().numpy(), self.codebook_size, replace(self.origin, use=use))
 

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..checkpoint.layout import Checkpoint, Part, safetensors_header
+from ..checkpoint.layout import Checkpoint, Part, TensorInfo, safetensors_header
 from ..errors import CheckpointError, LLaDA2Error
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed
-from .attention import SCORES, attention_for
+from .attention import attention_for, score_bytes
 from .device import build, default_device, load_module, read_config, read_state_dict, read_tensors, synchronize
 from .flow import DecodeOptions, Guided, solve
-from .prior import check_codebook, load_prior, prior_path, upsampled
+from .prior import FEATURE_UPSAMPLING, check_codebook, load_prior, prior_path, upsampled
 from .vae import LATENT_PIXELS
 
 CODE_PIXELS = 16
-VALUES_A_TOKEN = 42  # see ``Decoder.working_bytes``
+EMBEDDER = "semantic_embedder.1.weight"  # [width, features]
+# What there is of a token at once, in units of the network's width: see ``Decoder.working_bytes``
+FEED_FORWARD_UNITS, ATTENTION_UNITS = 16, 7
 
 
 class Decoder:
@@ -49,11 +52,8 @@ class Decoder:
         folder = _folder(part)
         self.device, self.name = device or default_device(), checkpoint.root.name
         self.prior = load_prior(checkpoint, self.device)
-        path, width = checkpoint.only_safetensors(folder), "semantic_embedder.1.weight"
-        header = safetensors_header(path)
-        if width not in header:
-            raise CheckpointError(f"{path} lacks {width}; it is not a LLaDA2.0-Uni decoder.")
-        features = header[width].shape[-1]
+        path = checkpoint.only_safetensors(folder)
+        features = _tensor(path, EMBEDDER).shape[-1]
         if features != (given := self.prior.prior_projector.net["2"].out_features):
             raise CheckpointError(
                 f"The SigVQ prior gives {given} features and {path} takes {features}: they are of two models."
@@ -127,18 +127,30 @@ class Decoder:
         """The velocity under a condition, features [tokens, features], for ``flow.solve``."""
         return BranchVelocity(self.transformer, self._context, condition.to(self.transformer.dtype))
 
-    def working_bytes(self, grid: VQGrid, upscale: int) -> int:
-        """About what ``sample`` takes in memory beside the weights; pictures of a batch run one after the other.
+    @staticmethod
+    def working_bytes(
+        checkpoint: Checkpoint, part: Part, grids: Sequence[VQGrid], options: DecodeOptions, device: torch.device
+    ) -> int:
+        """What ``sample`` takes in memory beside the weights, from the headers of the files: nothing is loaded.
 
-        An estimate from the shapes in a main layer, not measured: 42 values a token and unit of width (queries, keys, values,
-        their rotated copies in float32, and three of the feed-forward layer); on MPS before PyTorch 2.13 two matrices of
-        scores in float32 besides.
+        Fitted to what ``python -m benchmarks.memory`` (in ``tests/``) counts at the published width for pictures of 512 to
+        2048 pixels: the live tensors of whole calls, without what a kernel takes for itself. The most is within a layer, in
+        its feed-forward part (15.7 values a token and unit of width at most), or in its attention (6.8) where that writes
+        scores out. Kept all the while are the features of all pictures, those of the other branch, and both refined.
+
+        Raises:
+            CheckpointError: the weights are missing or damaged, or of another network.
         """
-        codes = grid.height * grid.width
-        tokens = 4 * codes + codes * upscale**2  # of the condition, and of the picture: a token is 16 x 16 pixels
-        width, size = self.transformer.config.dim, self.transformer.dtype.itemsize
-        scores = min(SCORES, self.transformer.config.n_heads * tokens**2) if self.device.type == "mps" else 0
-        return VALUES_A_TOKEN * width * size * tokens + 2 * 4 * scores
+        path = checkpoint.only_safetensors(_folder(part))
+        embedder, head = _tensor(path, EMBEDDER), _tensor(path, "layers.0.attention.norm_q.weight").shape[0]
+        (width, features), size = embedder.shape, 4 if embedder.dtype == "F32" else 2
+        codes, branches = grids[0].height * grids[0].width, 2 if options.guidance else 1
+        condition = codes * FEATURE_UPSAMPLING**2
+        tokens = condition + codes * options.upscale**2  # a token of the picture is 16 x 16 pixels
+        layer = tokens * width * size
+        scores = score_bytes(device, width // head, tokens, head, size)
+        kept = condition * size * ((len(grids) + branches - 1) * features + branches * width)
+        return max(FEED_FORWARD_UNITS * layer, ATTENTION_UNITS * layer + scores if scores else 0) + kept
 
 
 class BranchVelocity:
@@ -191,6 +203,12 @@ class _ContextRefiner(nn.Module):
 
 def _folder(part: Part) -> str:
     return "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
+
+
+def _tensor(path: Path, name: str) -> TensorInfo:
+    if name not in (header := safetensors_header(path)):
+        raise CheckpointError(f"{path} lacks {name}; it is not a LLaDA2.0-Uni decoder.")
+    return header[name]
 
 
 def check_decode(checkpoint: Checkpoint, part: Part, upscale: int, grids: Sequence[VQGrid] = ()) -> None:

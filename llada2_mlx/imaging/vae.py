@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ..checkpoint.layout import Checkpoint, Part
 from ..errors import CheckpointError, LLaDA2Error
 from ..progress import OnStep, Progress, ignore
-from .attention import attention_for
+from .attention import attention_for, score_bytes
 from .device import build, default_device, load_module, read_config, read_tensors
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 LATENT_PIXELS = 8  # pixels of the VAE per latent
 TILE = 1024  # pixels; what is larger is decoded in overlapping squares of this side
@@ -23,13 +28,10 @@ class VAE:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None, on_step: OnStep = ignore):
-        from diffusers import AutoencoderKL
-
         checkpoint.require(Part.VAE)
-        path, config = checkpoint.only_safetensors("vae"), read_config(checkpoint, "vae")
+        path, model = checkpoint.only_safetensors("vae"), _network(checkpoint)
         self.device = device or default_device()
-        dtype = torch.float32 if config.get("force_upcast", True) else None
-        model = build(lambda: AutoencoderKL(**config), checkpoint.root / "vae/config.json")
+        dtype = torch.float32 if model.config.force_upcast else None
         for name in ("scaling_factor", "shift_factor"):
             if not isinstance(model.config[name], (int, float)):
                 raise CheckpointError(
@@ -66,11 +68,30 @@ class VAE:
         return torch.stack(pictures)
 
     @staticmethod
-    def working_bytes(latents: torch.Tensor) -> int:
-        """About what ``decode`` takes in memory beside the weights, for latents of this shape.
+    def working_bytes(checkpoint: Checkpoint, latents: torch.Tensor, device: torch.device) -> int:
+        """What ``decode`` takes in memory beside the weights, for latents of this shape; nothing is loaded.
 
-        4 KiB a pixel of a tile, measured in float32 with a VAE of the published shape at 256 and 512 pixels a side; and 36
-        bytes a pixel of the picture, which is there as tiles, as rows of tiles and as a whole.
+        Fitted to what ``python -m benchmarks.memory`` (in ``tests/``) counts at the published widths: the live tensors of a
+        whole call are 3 KiB a pixel of a tile, three times the values that go into the last block. To that comes a quarter
+        for what convolutions take for themselves: with ``--vae`` a process in float32 on a CPU grew by 3,450 bytes a pixel at
+        512 pixels, and by 3,590 at 640. And 36 bytes a pixel of the picture, which is there as tiles, as rows of tiles and
+        as a whole. Where the middle's attention writes its scores out, they may be more.
+
+        Raises:
+            CheckpointError: the config is missing or describes no VAE.
         """
-        pixels = latents.shape[-2] * latents.shape[-1] * LATENT_PIXELS**2
-        return 4096 * min(pixels, TILE**2) + 36 * pixels
+        config = _network(checkpoint).config
+        widths, size = config.block_out_channels, 4 if config.force_upcast else 2
+        height, width = (min(side, TILE // LATENT_PIXELS) for side in latents.shape[-2:])
+        tile = 3 * widths[:2][-1] * size * height * width * LATENT_PIXELS**2 * 5 // 4
+        # one head, of the width of the middle
+        scores = score_bytes(device, 1, height * width, widths[-1], size)
+        middle = scores + 7 * height * width * widths[-1] * size if scores else 0
+        return max(tile, middle) + 36 * latents.shape[-2] * latents.shape[-1] * LATENT_PIXELS**2
+
+
+def _network(checkpoint: Checkpoint) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    config = {"force_upcast": True} | read_config(checkpoint, "vae")
+    return build(lambda: AutoencoderKL(**config), checkpoint.root / "vae/config.json")

@@ -13,6 +13,7 @@ import torch
 from memory_base import CPU, base, host, ignore, loaded, model_management
 from the_pack.llada2_mlx import tasks
 from the_pack.llada2_mlx.checkpoint.layout import BUILT_IN, Part
+from the_pack.nodes.vq import ZImageDecode
 
 
 def free(amount: float) -> None:
@@ -102,6 +103,25 @@ except model_management.InterruptProcessingException:
     pass
 assert backbone.value is None
 assert tasks.text_to_vq(backbone, "a cat", on_step=ignore).grid == drawing.grid
+
+# a decode asks once for each part, before it is loaded, with what it needs to work
+asked, get = [], host.ManagedPart.get
+
+
+def noting(part, on_step, working_bytes=0):
+    asked.append((part.name, part.value is not None, working_bytes))
+    return get(part, on_step, working_bytes)
+
+
+host.ManagedPart.get = noting
+choice = {"decoder": "full", "steps": 2, "solver": "euler"}
+pixels = ZImageDecode.execute((drawing.grid,), host.BUILT_IN, choice, 1.0, 0, 1).args[0]
+host.ManagedPart.get = get
+sides = drawing.grid.height * 16, drawing.grid.width * 16
+assert tuple(pixels.shape) == (1, *sides, 3)
+(first, first_there, first_bytes), (second, second_there, second_bytes) = asked
+assert (first, second) == ("decoder of shapes", "VAE of shapes") and not first_there and not second_there
+assert 10**6 < first_bytes < 10**8 and 36 * sides[0] * sides[1] < second_bytes < 10**8
 
 # where memory is short, the part that is needed pushes out the others, and they come back when they are needed. With
 # --cpu ComfyUI evicts nothing by itself, so the device is given another name and its free memory is counted here.

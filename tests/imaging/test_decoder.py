@@ -217,6 +217,29 @@ def test_a_decoder_that_gives_nothing_finite_is_said_in_its_first_call() -> None
             broken.sample([grid()], replace(OPTIONS, solver=solver), steps.append)
 
 
+@pytest.mark.parametrize("sampler", Sampler)
+def test_what_is_not_finite_ends_the_work_in_its_step(decoder: Decoder, sampler: Sampler) -> None:
+    """Not at the end of all steps, though only one value of one layer's output in one branch is none."""
+    last, calls, steps = decoder.transformer.layers[-1], [], []
+
+    def spoil(_, __, output: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 6:  # the negative branch of the third step
+            output = output.clone()
+            output[0, 5, 7] = float("inf")
+        return output
+
+    handle = last.register_forward_hook(spoil)
+    try:
+        with pytest.raises(
+            LLaDA2Error, match="The decoder gave values that are not finite .* network call 3, so there is no"
+        ):
+            decoder.sample([grid()], replace(OPTIONS, steps=9, sampler=sampler), steps.append)
+    finally:
+        handle.remove()
+    assert len(calls) == 6 and steps[-1].done == 6 * LAYERS < steps[-1].total
+
+
 def test_a_prior_that_gives_nothing_finite_is_said() -> None:
     broken = Decoder(Checkpoint(tiny()), Part.DECODER, CPU)
     broken.prior.prior_token_embedding.weight.data.fill_(float("inf"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ VAE = {
 }  # fmt: skip
 
 Shapes = Mapping[str, tuple[int, ...]]
+Value = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,50 +88,77 @@ def write_backbone(folder: Path, config: BackboneConfig = BACKBONE) -> None:
 
 def write_image_parts(folder: Path) -> None:
     """The image tokenizer, its prior, one decoder and the VAE."""
-    from diffusers import AutoencoderKL, ZImageTransformer2DModel
     from transformers import GlmImageVisionConfig, GlmImageVisionModel, GlmImageVQVAE, GlmImageVQVAEConfig
 
     values = Values.make()
     with torch.device("meta"):
         vision = GlmImageVisionModel(GlmImageVisionConfig(**VISION))
         quantiser = GlmImageVQVAE(GlmImageVQVAEConfig(**QUANTISER))
-        transformer, vae = ZImageTransformer2DModel(**DECODER, cap_feat_dim=FEATURES), AutoencoderKL(**VAE)
-    for name in ("image_tokenizer", "decoder-turbo", "vae"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "image_tokenizer").mkdir(parents=True, exist_ok=True)
     tokenizer = _shapes(vision, "model.visual.") | _shapes(quantiser, "model.vqmodel.")
     write(folder / "image_tokenizer/image_tokenizer.safetensors", tokenizer, values.of)
     configs = {"vision_config": VISION, "vq_config": QUANTISER}
     export.write_json(folder / "image_tokenizer/config.json", {"model_type": "glm_image", **configs})
     normal = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     export.write_json(folder / "image_tokenizer/preprocessor_config.json", normal)
-    prior = {
+    write_drawing_parts(folder, values.of, lambda path, shapes: write(path, shapes, values.of))
+
+
+def write_drawing_parts(
+    folder: Path, prior: Value, write_file: Callable[[Path, Shapes], None], layers: int = DECODER["n_layers"]
+) -> None:
+    """The prior, one decoder with so many main layers, and the VAE.
+
+    Args:
+        prior: gives the values of the prior's tensors.
+        write_file: writes the other two.
+    """
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+
+    config = DECODER | {"n_layers": layers}
+    with torch.device("meta"):
+        transformer, vae = ZImageTransformer2DModel(**config, cap_feat_dim=FEATURES), AutoencoderKL(**VAE)
+    for name in ("image_tokenizer", "decoder-turbo", "vae"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    shapes = {
         "prior_token_embedding.weight": (16384, FEATURES),
         "prior_projector.net.0.proj.weight": (FEATURES, FEATURES),
         "prior_projector.net.0.proj.bias": (FEATURES,),
         "prior_projector.net.2.weight": (FEATURES, FEATURES),
         "prior_projector.net.2.bias": (FEATURES,),
     }
-    export.write_prior(folder, {name: values.of(name, shape) for name, shape in prior.items()})
+    export.write_prior(folder, {name: prior(name, shape) for name, shape in shapes.items()})
     renamed = {name.replace("cap_embedder", "semantic_embedder"): shape for name, shape in _shapes(transformer).items()}
-    write(folder / "decoder-turbo/decoder_model.safetensors", renamed, values.of)
-    stated = {"_class_name": "ZImageTransformer2DModel", **DECODER, "cap_feat_dim": 2560}  # as published, and not true
+    write_file(folder / "decoder-turbo/decoder_model.safetensors", renamed)
+    stated = {"_class_name": "ZImageTransformer2DModel", **config, "cap_feat_dim": 2560}  # as published, and not true
     export.write_json(folder / "decoder-turbo/config.json", stated)
-    write(folder / "vae/diffusion_pytorch_model.safetensors", _shapes(vae), values.of)
+    write_file(folder / "vae/diffusion_pytorch_model.safetensors", _shapes(vae))
     export.write_json(folder / "vae/config.json", {"_class_name": "AutoencoderKL", **VAE})
 
 
-def write(path: Path, shapes: Shapes, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+def write(path: Path, shapes: Shapes, value: Value) -> None:
     """A safetensors file in bf16, one tensor in memory at a time."""
+    with open(path, "wb") as file:
+        file.write(_header(shapes))
+        for name, shape in shapes.items():
+            file.write(value(name, shape).contiguous().view(torch.uint8).numpy().data)
+
+
+def write_hollow(path: Path, shapes: Shapes) -> None:
+    """The same file with a hole in place of its values, so that it takes no room on the disk: for its header."""
+    header = _header(shapes)
+    path.write_bytes(header)
+    os.truncate(path, len(header) + 2 * sum(map(prod, shapes.values())))
+
+
+def _header(shapes: Shapes) -> bytes:
     header, offset = {}, 0
     for name, shape in shapes.items():
         end = offset + 2 * prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            file.write(value(name, shape).contiguous().view(torch.uint8).numpy().data)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _shapes(module: torch.nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
