@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -22,8 +19,6 @@ from synthetic import tiny
 from llada2_mlx import cli
 from llada2_mlx.shapes import gallery
 from llada2_mlx.vq import VQGrid
-
-PATIENCE = 300  # seconds, for a machine that has much else to do
 
 
 @pytest.fixture
@@ -158,36 +153,26 @@ def test_a_phones_upright_picture(run) -> None:
 
 def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
     picture = tmp_path / "cat.png"
-    words = ["t2i", "a cat", "--width", "2816", "--height", "2816", "--steps", "32", "--threshold", "1"]
-    screen, terminal = pty.openpty()  # its progress shows on a terminal only
-    process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words, "-o", str(picture)], stderr=terminal)
-    os.close(terminal)
-    try:
-        said = shown(screen, until="denoising")
-        process.send_signal(signal.SIGINT)
-        said += shown(screen)
-        status = process.wait(PATIENCE)
-    finally:
-        process.kill()
-        os.close(screen)
-    assert (status, re.split(r"[\r\n]+", said.strip())[-1]) == (130, "llada2-mlx: stopped"), said
+    words = [
+        "t2i",
+        "A red circle",
+        "--width",
+        "2816",
+        "--height",
+        "2816",
+        "--steps",
+        "32",
+        "--threshold",
+        "1",
+        "-o",
+        str(picture),
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words], stderr=subprocess.PIPE, text=True)
+    time.sleep(10)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)  # a step of so large a picture takes its time on a busy machine
+    assert (process.returncode, err.strip().splitlines()[-1]) == (130, "llada2-mlx: stopped")
     assert not list(tmp_path.iterdir())
-
-
-def shown(screen: int, until: str | None = None) -> str:
-    """What a process writes on its terminal, to the end or until it says something."""
-    said, end = "", time.monotonic() + PATIENCE
-    while until is None or until not in said:
-        assert select.select([screen], [], [], max(0, end - time.monotonic()))[0], f"nothing more came: {said}"
-        try:
-            more = os.read(screen, 4096)
-        except OSError:  # how Linux says that nobody holds the other end
-            more = b""
-        if not more:
-            assert until is None, f"it ended: {said}"
-            break
-        said += more.decode(errors="replace")
-    return said
 
 
 def test_the_demo(demo: Demo) -> None:

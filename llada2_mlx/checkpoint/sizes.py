@@ -80,8 +80,8 @@ class ImageSizes:
         if not side or width * height == side**2:
             return None
         return (
-            f"This model was made for {use} at {side} x {side} pixels ({side // pixels} x {side // pixels} codes), and "
-            f"this is {width} x {height} ({width // pixels} x {height // pixels} codes): expect a poor result."
+            f"This model was made for {use} at {side} x {side} pixels, and this is {width} x {height}: expect a poor result. "
+            f"In codes that is {side // pixels} x {side // pixels}, and {width // pixels} x {height // pixels}."
         )
 
     def doubt_grid(self, use: str, grid: VQGrid) -> str | None:

@@ -79,8 +79,8 @@ assert old.value is None
 
 # a load that fails leaves nothing behind, and the next one works
 weights = (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()
-(folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights[:5000])
 vae = host.image_part("replaced", Part.VAE)
+(folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(weights[:5000])
 try:
     vae.get(ignore)
 except ValueError as error:
