@@ -115,9 +115,9 @@ def noting(part, on_step, working_bytes=0):
 
 host.ManagedPart.get = noting
 choice = {"decoder": "full", "steps": 2, "solver": "euler"}
-pixels = ZImageDecode.execute((drawing.grid,), host.BUILT_IN, choice, 1.0, 0, 1).args[0]
+pixels = ZImageDecode.execute((drawing.grid,), host.BUILT_IN, choice, 1.0, 0, 2).args[0]
 host.ManagedPart.get = get
-sides = drawing.grid.height * 16, drawing.grid.width * 16
+sides = drawing.grid.height * 32, drawing.grid.width * 32
 assert tuple(pixels.shape) == (1, *sides, 3)
 (first, first_there, first_bytes), (second, second_there, second_bytes) = asked
 assert (first, second) == ("decoder of shapes", "VAE of shapes") and not first_there and not second_there
