@@ -1,4 +1,4 @@
-"""Writing files so that nothing is ever half-written."""
+"""Files: which are hidden, locks, and writing so that nothing is ever half-written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from pathlib import Path
 
 # what a disk answers that has no locks, as many on a network
 _NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file, named relative to a folder, is one that macOS and others leave; it is never a model's."""
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..llada2_mlx.shapes.world import SUMMARY
 from . import host
 
 # A ``host.ManagedBackbone``.
@@ -22,7 +23,7 @@ def model_input(what: str, own: str | None = None) -> io.Combo.Input:
         "model",
         options=host.model_names(),
         tooltip=f"Whose {what} to use: a folder under models/llada2, the built-in model, or the hub's, which is downloaded on first use. "
-        f"{host.BUILT_IN} is a toy to try the nodes with: it knows {host.BUILT_IN_WORLD}.",
+        f"{host.BUILT_IN} is a toy to try the nodes with: it knows {SUMMARY}.",
     )
 
 

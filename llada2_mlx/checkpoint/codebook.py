@@ -20,7 +20,11 @@ _SAMPLES, _SAMPLE_BYTES = 32, 2**16  # what is hashed of a table: enough to tell
 
 
 def origin(checkpoint: Checkpoint, name: str = "") -> Origin:
-    """What the codes of a model carry; ``name`` is what a person calls it, if not as its folder. A file that is missing or damaged is left out; its loader says what is wrong."""
+    """What the codes of a model carry. A file that is missing or damaged is left out; its loader says what is wrong.
+
+    Args:
+        name: what a person calls the model, if not as its folder.
+    """
     folder = checkpoint.root / "image_tokenizer"
     weights = visible(folder, "*.safetensors")
     return Origin(

@@ -27,7 +27,7 @@ from threading import Event, Thread
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import locked, replacing
+from ..files import is_hidden, locked, replacing
 from ..progress import OnStep, Progress, amount
 
 RESERVE = 10**9  # bytes that a download leaves free on the disk
@@ -453,7 +453,7 @@ def _listed(siblings: Any, patterns: list[str]) -> tuple[_File, ...]:
         raise _Foreign
     files = []
     for each in siblings:
-        if _is_hidden(each.rfilename) or not any(_fits(each.rfilename, pattern) for pattern in patterns):
+        if is_hidden(each.rfilename) or not any(_fits(each.rfilename, pattern) for pattern in patterns):
             continue
         large = each.lfs is not None
         size, blob = (each.lfs.size, each.lfs.sha256) if large else (each.size, each.blob_id)
@@ -468,11 +468,6 @@ def _fits(name: str, pattern: str) -> bool:
     """Whether a glob finds a name, folder by folder."""
     names, patterns = name.split("/"), pattern.split("/")
     return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a file is one that macOS and others leave, and never a model's."""
-    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _is_name(name: Any) -> bool:

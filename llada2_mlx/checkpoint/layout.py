@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..files import is_hidden
 from ..progress import OnStep, ignore
 from . import hub
 from .config import BackboneConfig
@@ -245,22 +246,16 @@ class Checkpoint:
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """The files that ``pattern`` finds in ``folder``, sorted. A hidden one is never a model's: macOS and others leave them."""
-    return [path for path in _found(folder, pattern) if _is_file(path)]
+    """The files that ``pattern`` finds in ``folder`` and that are not hidden, sorted."""
+    return [path for path in _found(folder, pattern) if os.path.isfile(path)]
 
 
 def _found(folder: Path, pattern: str) -> list[Path]:
     """All that ``pattern`` finds in ``folder`` and is not hidden, files or not; nothing where that cannot be read."""
     with suppress(OSError):
         found = folder.glob(pattern)
-        return sorted(path for path in found if not any(n.startswith(".") for n in path.relative_to(folder).parts))
+        return sorted(path for path in found if not is_hidden(path.relative_to(folder).as_posix()))
     return []
-
-
-def _is_file(path: Path) -> bool:
-    with suppress(OSError):
-        return stat.S_ISREG(path.stat().st_mode)
-    return False
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -309,7 +304,7 @@ def _is_whole(path: Path, size: int, changed: int) -> bool:
 def _is_plain(name: str) -> bool:
     """Whether an index may name this file: a relative path inside the folder, with nothing hidden on the way."""
     plain = name and not any(character in name for character in "\\:\0")
-    return bool(plain) and all(part and not part.startswith(".") for part in name.split("/"))
+    return bool(plain) and all(name.split("/")) and not is_hidden(name)
 
 
 def safetensors_header(path: Path) -> dict[str, TensorInfo]:
@@ -359,7 +354,7 @@ def model_folders(roots: Iterable[Path]) -> tuple[dict[str, Path], list[str]]:
     problems: list[str] = []
     for root in roots:
         try:
-            folders = [root / name for name in os.listdir(root) if not name.startswith(".")]
+            folders = [root / name for name in os.listdir(root) if not is_hidden(name)]
         except FileNotFoundError:  # a place that nobody has put a model in
             continue
         except OSError as error:

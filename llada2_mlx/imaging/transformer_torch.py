@@ -53,7 +53,7 @@ class Decoder:
         self.device, self.name = device or default_device(), checkpoint.root.name
         self.prior = load_prior(checkpoint, self.device)
         path = checkpoint.only_safetensors(folder)
-        features = _tensor(path, EMBEDDER).shape[-1]
+        features = _tensors(path, EMBEDDER)[0].shape[-1]
         if features != (given := self.prior.prior_projector.net["2"].out_features):
             raise CheckpointError(
                 f"The SigVQ prior gives {given} features and {path} takes {features}: they are of two models."
@@ -142,7 +142,8 @@ class Decoder:
             CheckpointError: the weights are missing or damaged, or of another network.
         """
         path = checkpoint.only_safetensors(_folder(part))
-        embedder, head = _tensor(path, EMBEDDER), _tensor(path, "layers.0.attention.norm_q.weight").shape[0]
+        embedder, norm = _tensors(path, EMBEDDER, "layers.0.attention.norm_q.weight")
+        head = norm.shape[0]
         (width, features), size = embedder.shape, 4 if embedder.dtype == "F32" else 2
         codes, branches = grids[0].height * grids[0].width, 2 if options.guidance else 1
         condition = codes * FEATURE_UPSAMPLING**2
@@ -205,10 +206,11 @@ def _folder(part: Part) -> str:
     return "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
 
 
-def _tensor(path: Path, name: str) -> TensorInfo:
-    if name not in (header := safetensors_header(path)):
-        raise CheckpointError(f"{path} lacks {name}; it is not a LLaDA2.0-Uni decoder.")
-    return header[name]
+def _tensors(path: Path, *names: str) -> list[TensorInfo]:
+    header = safetensors_header(path)
+    if absent := [name for name in names if name not in header]:
+        raise CheckpointError(f"{path} lacks {absent[0]}; it is not a LLaDA2.0-Uni decoder.")
+    return [header[name] for name in names]
 
 
 def check_decode(checkpoint: Checkpoint, part: Part, upscale: int, grids: Sequence[VQGrid] = ()) -> None:
@@ -222,8 +224,6 @@ def check_decode(checkpoint: Checkpoint, part: Part, upscale: int, grids: Sequen
         CheckpointError: the decoder or the VAE is missing or damaged.
     """
     checkpoint.require(part, Part.VAE)
-    for folder in (_folder(part), "vae"):
-        safetensors_header(checkpoint.only_safetensors(folder))
     checkpoint.image_sizes.require_upscale(upscale)
     if not grids:
         return

@@ -4,7 +4,6 @@ from .dependencies import missing_packages, repair_hint
 from .folders import (
     BACKBONES,
     BUILT_IN,
-    BUILT_IN_WORLD,
     CODES,
     check_model,
     checkpoint,
@@ -22,7 +21,6 @@ from .validation import refusal
 __all__ = [
     "BACKBONES",
     "BUILT_IN",
-    "BUILT_IN_WORLD",
     "CODES",
     "ManagedBackbone",
     "ManagedPart",

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .memory import ManagedBackbone
 
 BUILT_IN = "Shapes (built in)"
-BUILT_IN_WORLD = Checkpoint(BUILT_IN_FOLDER).world
 CODES, BACKBONES = "the codes' own", "the backbone's own"  # what a model list offers beside names
 _FOLDER = "llada2"
 

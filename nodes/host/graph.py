@@ -27,7 +27,7 @@ def models_behind(graph: DynamicPrompt | None, name: str) -> list[str]:
     if graph is None or context is None:
         return []
     inputs = graph.get_node(context.node_id)["inputs"]
-    return list(dict.fromkeys(_models(graph, inputs.get(name), set())))
+    return list(dict.fromkeys(_models(graph, inputs.get(name), model_names(), set())))
 
 
 def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkpoint], object] | None = None) -> None:
@@ -56,16 +56,16 @@ def _check_pair(maker: str, model: str) -> None:
     require_one_codebook(origin(checkpoint(maker), maker), checkpoint(model))
 
 
-def _models(graph: DynamicPrompt, link: Any, seen: set[str]) -> Iterator[str]:
+def _models(graph: DynamicPrompt, link: Any, names: list[str], seen: set[str]) -> Iterator[str]:
     if not is_link(link) or link[0] in seen or not graph.has_node(link[0]):
         return
     seen.add(link[0])
     inputs = graph.get_node(link[0])["inputs"]
-    if (model := inputs.get("model")) in model_names():
+    if (model := inputs.get("model")) in names:
         yield model
     else:  # of a node that draws, reads or encodes, the backbone says which model it is
         for each in [inputs["backbone"]] if "backbone" in inputs else inputs.values():
-            yield from _models(graph, each, seen)
+            yield from _models(graph, each, names, seen)
 
 
 def _require_any(checks: Iterable[Callable[[], object]]) -> None:

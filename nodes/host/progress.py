@@ -29,7 +29,7 @@ def progress(item: int = 0, items: int = 1) -> OnStep:
     Args:
         item, items: which of how many equal pieces of work this is.
     """
-    bar, phase, show = ProgressBar(1), "", _texts(passing=True)
+    bar, phase, show = ProgressBar(1), "", progress_text(passing=True)
 
     def step(at: Progress) -> None:
         nonlocal bar, phase
@@ -50,12 +50,12 @@ def pictures(grids: tuple[VQGrid, ...], seed: int) -> Iterator[tuple[VQGrid, int
         yield grid, picture_seed(seed, index), progress(index, len(grids))
 
 
-def progress_text() -> Callable[..., None]:
-    """A function that shows a growing text on the running node; with ``final=True`` at once, else not too often."""
-    return _texts()
+def progress_text(passing: bool = False) -> Callable[..., None]:
+    """A function that shows a growing text on the running node; with ``final=True`` at once, else not too often.
 
-
-def _texts(passing: bool = False) -> Callable[..., None]:
+    Args:
+        passing: the text is of no use when its phase is over.
+    """
     last = 0.0
 
     def show(text: str, final: bool = False) -> None:

@@ -18,7 +18,7 @@ from llada2_mlx.imaging.prepare import Purpose
 from llada2_mlx.shapes import gallery, measures
 from llada2_mlx.shapes.detector import read
 from llada2_mlx.shapes.studio import Studio
-from llada2_mlx.shapes.world import Background, Colour, Kind, Pattern, Place, Tone, draw, scenes
+from llada2_mlx.shapes.world import SUMMARY, Background, Colour, Kind, Pattern, Place, Tone, draw, scenes
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def studio() -> Studio:
 
 def test_the_built_in_model_is_whole_and_small() -> None:
     checkpoint = Checkpoint(BUILT_IN).require(*Part)
+    assert checkpoint.world == SUMMARY
     copies = {path for name in PRECISIONS for path in (BUILT_IN / f"mlx-{name}").rglob("*")}  # made by who uses it
     assert sum(path.stat().st_size for path in {*BUILT_IN.rglob("*")} - copies if path.is_file()) <= 16e6
     assert {info.dtype for info in checkpoint.backbone_tensors().values()} == {"BF16"}
