@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
@@ -36,3 +39,13 @@ def to_images(pixels: torch.Tensor, mask: torch.Tensor | None = None) -> list[Im
     # rounded; what is outside 0 .. 1 or not a number is clamped
     values = (torch.nan_to_num(pixels.float()).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in values]
+
+
+def to_mask(cells: Sequence[np.ndarray], pixels: int) -> torch.Tensor:
+    """Grids of numbers in 0 .. 1, [rows, columns] of one size, -> a mask [batch, height, width], float32.
+
+    Args:
+        pixels: the side of the square that each cell becomes.
+    """
+    grids = torch.from_numpy(np.stack(cells).astype(np.float32))
+    return grids.repeat_interleave(pixels, dim=1).repeat_interleave(pixels, dim=2)

@@ -13,7 +13,7 @@ from .folders import (
     model_of_codes,
     named,
 )
-from .graph import check_codes
+from .graph import check_codes, given
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
 from .progress import explains, pictures, progress, progress_text, tell, warn
 from .validation import refusal
@@ -30,6 +30,7 @@ __all__ = [
     "checkpoint",
     "explains",
     "fingerprint",
+    "given",
     "image_part",
     "missing_packages",
     "model_names",

@@ -23,11 +23,15 @@ def models_behind(graph: DynamicPrompt | None, name: str) -> list[str]:
 
     Several where a node of somebody else's chooses between links; none where the graph does not say.
     """
-    context = get_executing_context()
-    if graph is None or context is None:
+    if graph is None:
         return []
-    inputs = graph.get_node(context.node_id)["inputs"]
-    return list(dict.fromkeys(_models(graph, inputs.get(name), model_names(), set())))
+    return list(dict.fromkeys(_models(graph, given(graph, name), model_names(), set())))
+
+
+def given(graph: DynamicPrompt | None, name: str) -> Any:
+    """An input of the running node as the graph has it; None where it has none."""
+    context = get_executing_context()
+    return None if graph is None or context is None else graph.get_node(context.node_id)["inputs"].get(name)
 
 
 def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkpoint], object] | None = None) -> None:

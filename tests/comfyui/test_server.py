@@ -16,7 +16,15 @@ from llada2_mlx.checkpoint.layout import BUILT_IN
 from llada2_mlx.shapes.detector import read
 from llada2_mlx.shapes.world import Colour, Kind, Place
 
-NODES = ["LoadLLaDA2Backbone", "SigLIPVQEncode", "LLaDA2TextToVQ", "LLaDA2Understand", "LLaDA2Edit", "ZImageDecode"]
+NODES = [
+    "LoadLLaDA2Backbone",
+    "SigLIPVQEncode",
+    "LLaDA2TextToVQ",
+    "LLaDA2Understand",
+    "LLaDA2Edit",
+    "LLaDA2Sprint",
+    "ZImageDecode",
+]
 # what the shipped prompts ask for, as the detector reads it
 STAR = (Kind.STAR, Colour.BLUE, Place.BOTTOM_RIGHT)
 DRAWN, EDITED = ({(Kind.CIRCLE, colour, Place.TOP_LEFT), STAR} for colour in (Colour.RED, Colour.YELLOW))
