@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -27,6 +28,13 @@ class Origin:
     vectors: str = ""
     table: str = ""
     use: str = ""
+
+    def is_codebook_of(self, other: Origin) -> bool | None:
+        """Whether the codes of two origins are of one codebook; None where that is not known."""
+        for own, theirs in ((self.vectors, other.vectors), (self.table, other.table)):
+            if own and theirs:
+                return own == theirs
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +107,14 @@ class VQGrid:
         """The codes row by row."""
         return self.codes.flatten().tolist()
 
-    def save(self, path: str | Path) -> None:
-        """Write the grid as safetensors, its size and codebook in the metadata; whole or not at all."""
+    def save(self, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
+        """Write the grid as safetensors, its size and codebook in the metadata; whole or not at all.
+
+        Args:
+            notes: what else to write into the metadata; ``load`` does not read it.
+        """
         metadata = {
+            **(notes or {}),
             "format": "llada2-vq",
             "height": str(self.height),
             "width": str(self.width),

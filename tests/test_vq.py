@@ -14,7 +14,7 @@ from synthetic import tiny
 from llada2_mlx.checkpoint.codebook import origin
 from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.errors import RequestError
-from llada2_mlx.vq import VQGrid, picture_seed
+from llada2_mlx.vq import Origin, VQGrid, picture_seed
 
 
 @pytest.fixture
@@ -62,6 +62,23 @@ def test_a_file_gives_the_grid_back_and_states_its_size(grid: VQGrid, tmp_path: 
     with safe_open(tmp_path / "grid.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "llada2-vq", "height": "8", "width": "10", "codebook_size": "128"}
     assert [path.name for path in tmp_path.iterdir()] == ["grid.safetensors"]
+
+
+def test_notes_are_kept_in_the_file_and_do_not_hide_what_the_grid_says(grid: VQGrid, tmp_path: Path) -> None:
+    path = tmp_path / "grid.safetensors"
+    ours = VQGrid(grid.codes, 128, Origin("ours", "aa", "bb", "editing"))
+    ours.save(path, {"workflow": "{}", "model": "theirs", "height": "1"})
+    assert VQGrid.load(path) == grid and VQGrid.load(path).origin == ours.origin
+    with safe_open(path, "numpy") as file:
+        assert file.metadata()["workflow"] == "{}"
+
+
+def test_which_codebook_is_known_by_the_vectors_first() -> None:
+    both, other = Origin("a", "v", "t"), Origin("b", "v", "u")
+    assert both.is_codebook_of(other) is True
+    assert both.is_codebook_of(Origin("a", "w", "t")) is False
+    assert both.is_codebook_of(Origin("a", "", "t")) is True and both.is_codebook_of(Origin("a", "", "u")) is False
+    assert both.is_codebook_of(Origin("a")) is None and Origin("a", "v").is_codebook_of(Origin("a", "", "t")) is None
 
 
 def test_grids_differ_by_codes_and_by_codebook(grid: VQGrid) -> None:
