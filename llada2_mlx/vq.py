@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from .errors import RequestError
 from .files import replacing
@@ -122,7 +122,7 @@ class VQGrid:
             **{key: known for key, known in asdict(self.origin).items() if known},
         }
         with replacing(Path(path)) as partial:
-            save_file({"codes": self.codes}, partial, metadata=metadata)
+            partial.write_bytes(save({"codes": self.codes}, metadata))  # save_file makes a file for its owner alone
 
     @classmethod
     def load(cls, path: str | Path) -> VQGrid:

@@ -38,14 +38,14 @@ def _backbone_input() -> io.Input:
         "backbone",
         optional=True,
         tooltip="From Load LLaDA2 Backbone, if its model shall read or edit the result: then a size that it has no tokens for is "
-        "refused. Without it there is only a warning.",
+        "refused. Without it you are only told.",
     )
 
 
 def _check_result(backbone, grids) -> None:
     """Whether a model can read the result: refused where one is linked, else told."""
     if backbone is None:
-        host.warn(host.size_doubt(grids))
+        host.tell(host.size_note(grids))
     for grid in grids if backbone is not None else ():
         backbone.tokens.check_size(grid.height, grid.width)
         require_same(grid, backbone.checkpoint)

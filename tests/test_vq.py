@@ -64,6 +64,12 @@ def test_a_file_gives_the_grid_back_and_states_its_size(grid: VQGrid, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["grid.safetensors"]
 
 
+def test_a_file_has_the_rights_of_any_other(grid: VQGrid, tmp_path: Path) -> None:
+    grid.save(tmp_path / "grid.safetensors")
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "grid.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_notes_are_kept_in_the_file_and_do_not_hide_what_the_grid_says(grid: VQGrid, tmp_path: Path) -> None:
     path = tmp_path / "grid.safetensors"
     ours = VQGrid(grid.codes, 128, Origin("ours", "aa", "bb", "editing"))
@@ -113,11 +119,12 @@ def test_a_write_that_fails_leaves_what_was_there(
     grid.save(path)
     before = path.read_bytes()
 
-    def half_written(tensors, target, metadata) -> None:
-        Path(target).write_bytes(b"half")
+    def half_written(target: Path, content: bytes) -> None:
+        with target.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("llada2_mlx.vq.save_file", half_written)
+    monkeypatch.setattr(Path, "write_bytes", half_written)
     with pytest.raises(OSError):
         grid.save(path)
     assert path.read_bytes() == before

@@ -14,7 +14,7 @@ from .folders import (
     named,
 )
 from .graph import check_codes, check_one_codebook
-from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_doubt
+from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
 from .progress import explains, pictures, progress, progress_text, tell, warn
 from .validation import refusal
@@ -49,7 +49,7 @@ __all__ = [
     "refusal",
     "repair_hint",
     "save_grids",
-    "size_doubt",
+    "size_note",
     "tell",
     "warn",
 ]

@@ -124,15 +124,21 @@ def save_grids(grids: Sequence[VQGrid], prefix: str, hidden: Any) -> list[dict[s
     return saved
 
 
-def size_doubt(grids: Sequence[VQGrid]) -> str | None:
-    """A sentence where the model of some grids is here and has no tokens for their size, else None."""
+def size_note(grids: Sequence[VQGrid]) -> str | None:
+    """A sentence where the model of some grids is here and has no tokens for their size, else None.
+
+    It is no warning: a part that is cut out to be pasted is of any size.
+    """
     for grid in grids:
         checkpoint = local_checkpoint(grid.origin.model)
         try:
             if checkpoint is not None:
                 check_size(checkpoint, grid.height, grid.width)
-        except RequestError as error:
-            return f"{error} These codes can be decoded, pasted and joined, but not read or edited."
+        except RequestError:
+            return (
+                f"{grid.height} x {grid.width} codes (height x width) can be decoded, pasted and joined, but not read or edited: "
+                f"{checkpoint.root.name} has no tokens for this size."
+            )
         except CheckpointError:  # no text tokenizer, or a damaged one: its loader says so
             continue
     return None
