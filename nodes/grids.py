@@ -6,7 +6,7 @@ from ..llada2_mlx.checkpoint.codebook import require_same
 from ..llada2_mlx.checkpoint.layout import Part
 from ..llada2_mlx.checkpoint.sizes import DECODED_PIXELS, ENCODED_PIXELS
 from ..llada2_mlx.grids import Flip, Layout, crop, difference, flip, join, paired, paste
-from ..llada2_mlx.imaging.look import look, palette
+from ..llada2_mlx.imaging.look import LARGEST_SCALE, look, palette
 from ..llada2_mlx.imaging.pixels import to_cells, to_mask, to_pixels
 from . import host
 from .sockets import BackboneSocket, VQSocket, model_input
@@ -144,7 +144,7 @@ class LLaDA2LookAtVQ(io.ComfyNode):
                     "pixels",
                     default=16,
                     min=1,
-                    max=64,
+                    max=LARGEST_SCALE,
                     tooltip=f"Pixels on a side of a code. {ENCODED_PIXELS} gives the size of the encoded picture, "
                     f"{DECODED_PIXELS} that of the decoded one.",
                 ),
@@ -354,7 +354,7 @@ class LLaDA2CompareVQ(io.ComfyNode):
             search_aliases=["llada", "difference", "diff codes", "changed", "mask of changes"],
             inputs=[
                 # lazy: two codebooks are refused before anything is drawn
-                VQSocket.Input("first", lazy=True, tooltip="Codes."),
+                VQSocket.Input("first", lazy=True, tooltip="The codes to compare."),
                 VQSocket.Input(
                     "second",
                     lazy=True,

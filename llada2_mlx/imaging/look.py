@@ -17,6 +17,7 @@ from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint
 from ..errors import CheckpointError, RequestError
 
+LARGEST_SCALE = 64  # pixels on a side of a code
 _OUTLIERS = 2  # percent at each end of an axis that get its last colour
 _HATCHES = np.array([72, 152], np.uint8)  # greys of the stripes of a masked code
 
@@ -44,13 +45,13 @@ def look(codes: np.ndarray, palette: np.ndarray, masked: np.ndarray | None = Non
         codes: integers [height, width].
         palette: as ``palette`` gives it.
         masked: booleans [height, width]: codes that are not there; they are hatched in grey, and their values are not looked at.
-        scale: pixels on a side of a code.
+        scale: pixels on a side of a code, 1 to 64.
 
     Raises:
-        RequestError: a code is not in the palette, ``masked`` has another size, or ``scale`` is less than 1.
+        RequestError: a code is not in the palette, ``masked`` has another size, or ``scale`` is not 1 to 64.
     """
-    if scale < 1:
-        raise RequestError(f"A code is shown by 1 pixel or more on a side, not by {scale}.")
+    if not 1 <= scale <= LARGEST_SCALE:
+        raise RequestError(f"A code is shown by 1 to {LARGEST_SCALE} pixels on a side, not by {scale}.")
     if masked is None:
         masked = np.zeros(codes.shape, bool)
     if masked.shape != codes.shape:

@@ -51,7 +51,16 @@ def to_pixels(pictures: Sequence[np.ndarray]) -> list[torch.Tensor]:
 
 
 def to_mask(marked: Sequence[np.ndarray]) -> torch.Tensor:
-    """Booleans [height, width] of codes, all of one size -> a mask of the size of the decoded pictures, 1 where they are true."""
+    """Booleans [height, width] of codes -> a mask [batch, height, width] of the size of the decoded pictures, 1 where they are true.
+
+    Raises:
+        RequestError: they have several sizes.
+    """
+    if len(sizes := {each.shape for each in marked}) != 1:
+        told = ", ".join(f"{height} x {width}" for height, width in sorted(sizes)) or "none"
+        raise RequestError(
+            f"The masks of a batch have one size, and these grids have several ({told}). Give them one by one."
+        )
     enlarged = [each.repeat(DECODED_PIXELS, axis=0).repeat(DECODED_PIXELS, axis=1) for each in marked]
     return torch.from_numpy(np.stack(enlarged)).float()
 

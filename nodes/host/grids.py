@@ -70,12 +70,12 @@ def model_of_file(file: Any) -> str | None:
 
 
 def grid_fingerprint(file: str) -> tuple:
-    """The state of the file: it changes when it is replaced."""
+    """The state of the file, and the model here that it is of: it changes when one of them does."""
     try:
         found = _path(file).stat()
     except (LLaDA2Error, OSError):
         return ()
-    return found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns, model_of_file(file)
 
 
 def check_prefix(prefix: str) -> None:
@@ -178,8 +178,7 @@ def _found(folder: str) -> Iterator[str]:
         for file in files:
             path = Path(where, file)
             if path.suffix == _SUFFIX and is_plain(name := path.relative_to(folder).as_posix()) and _may_be_grid(path):
-                # a link may lead out
-                if folder_paths.is_within_directory(folder, path):
+                if not path.is_symlink() or folder_paths.is_within_directory(folder, path):
                     yield name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from zlib import crc32
 
@@ -13,8 +14,10 @@ from client import Comfy, Run, workflow
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
 
-from llada2_mlx.checkpoint.codebook import origin
+from llada2_mlx.checkpoint.codebook import VECTORS, origin
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.imaging.look import look, palette
 from llada2_mlx.shapes.detector import read
@@ -312,6 +315,27 @@ def test_a_grid_of_a_model_that_is_not_here_is_told_of(comfy: Comfy, name: str) 
     assert "There is no model 'elsewhere'" in failed(comfy.run(prompt), "3")
     prompt["3"] = decode(["1", 0], model="Shapes (built in)")
     assert "of the model elsewhere, and shapes has another codebook" in failed(comfy.run(prompt), "3")
+
+
+def test_a_model_that_comes_later_is_found(comfy: Comfy, name: str) -> None:
+    golden = ROOT / "tests/golden/checkpoint"
+    folder = comfy.base / "models/llada2" / name
+    (folder / "image_tokenizer").mkdir(parents=True)
+    (source,) = (golden / "image_tokenizer").glob("*.safetensors")
+    vectors = load_file(source)
+    save_torch(vectors | {VECTORS: -vectors[VECTORS]}, folder / "image_tokenizer" / source.name)
+    theirs, away = origin(Checkpoint(folder)), comfy.base / name
+    folder.rename(away)
+    prompt = {"1": load(put(comfy, name, made(1, of=theirs))), "2": node("Flip", vq=["1", 0], direction="both")}
+    prompt["3"] = save(["2", 0], f"llada2/{name}")
+    (grid,) = saved(comfy, ran(comfy.run(prompt)), "3")
+    assert grid.origin.model == name
+    came = away.rename(comfy.base / "models/llada2" / f"{name}-renamed")
+    try:
+        (grid,) = saved(comfy, ran(comfy.run(prompt)), "3")
+        assert grid.origin.model == came.name
+    finally:
+        shutil.rmtree(came)  # other tests look at the list of models
 
 
 def test_a_saved_grid_of_another_codebook_is_refused_before_anything_is_drawn(comfy: Comfy, name: str) -> None:

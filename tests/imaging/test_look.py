@@ -147,8 +147,9 @@ def test_what_cannot_be_looked_at() -> None:
         look(np.array([[0, 3]]), COLOURS)
     with pytest.raises(RequestError, match="codes from -1 to 0"):
         look(np.array([[0, -1]]), COLOURS)
-    with pytest.raises(RequestError, match="1 pixel or more on a side, not by 0"):
-        look(np.array([[0]]), COLOURS, scale=0)
+    for scale in (0, -1, 65):
+        with pytest.raises(RequestError, match=f"1 to 64 pixels on a side, not by {scale}"):
+            look(np.array([[0]]), COLOURS, scale=scale)
     with pytest.raises(RequestError, match=r"The mask is for a grid of \[1, 2\] codes"):
         look(np.array([[0]]), COLOURS, np.zeros((1, 2), bool))
 
@@ -178,6 +179,8 @@ def test_a_mask_of_codes_and_back() -> None:
     assert all((each == where).all() for each in to_cells(mask[:1], grids))  # one for all
     assert (to_cells(mask[0], grids[:1])[0] == where).all()  # without a batch
     assert to_cells(None, grids) == [None, None]
+    with pytest.raises(RequestError, match=r"have several \(8 x 10, 10 x 8\)"):
+        to_mask([where, where.T])
     with pytest.raises(RequestError, match="does not fit 2 grids"):
         to_cells(mask[[0, 0, 0]], grids)
     with pytest.raises(RequestError, match="needs rows and columns"):
