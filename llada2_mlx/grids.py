@@ -164,7 +164,7 @@ def _require_inside(grid: VQGrid, left: int, top: int, width: int, height: int, 
 def _require_one_codebook(grids: Iterable[VQGrid]) -> None:
     first, *others = grids
     for other in others:
-        if first.codebook_size != other.codebook_size or first.origin.is_codebook_of(other.origin) is False:
+        if first.codebook_size != other.codebook_size or not first.origin.may_equal(other.origin):
             names = [grid.origin.model or "another model" for grid in (first, other)]
             raise RequestError(
                 f"The grids are of two codebooks, of {names[0]} ({first.codebook_size} codes) and of {names[1]} "

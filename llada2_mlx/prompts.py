@@ -15,6 +15,7 @@ from .vq import VQGrid
 _HUMAN = "<role>HUMAN</role>"
 _ASSISTANT = "<role>ASSISTANT</role>"
 _DRAW = f"<role>SYSTEM</role> You are a text-to-image generation assistant. {_HUMAN}"
+_THINK = f"<role>SYSTEM</role> You are a text-to-image generation assistant with a thinking process. {_HUMAN}"
 _EDIT = f"<role>SYSTEM</role> You are an image editing assistant. {_HUMAN}"
 _UNCONDITION = "<uncondition>"
 
@@ -43,8 +44,15 @@ class Prompt:
 def text_to_image(tokens: Tokens, prompt: str, height: int, width: int) -> Prompt:
     """Branches: conditional, unconditional. ``height`` and ``width`` are the grid's, in codes."""
     header = tokens.header(height, width)
-    ask = lambda text: [*tokens.encode(_DRAW), *written(tokens, text), *tokens.encode(_ASSISTANT), *header]
-    return Prompt((ask(prompt), ask(_UNCONDITION)))
+    return Prompt(tuple([*_ask(tokens, _DRAW, text), *header] for text in (prompt, _UNCONDITION)))
+
+
+def thinking(tokens: Tokens, prompt: str, height: int, width: int) -> Prompt:
+    """Branches: conditional, up to where the model begins to think and chooses a size of its own; unconditional, with the
+    header of ``height x width`` codes.
+    """
+    header = tokens.header(height, width)
+    return Prompt((_ask(tokens, _THINK, prompt), [*_ask(tokens, _THINK, _UNCONDITION), *header]))
 
 
 def understand(tokens: Tokens, grid: VQGrid, question: str) -> Prompt:
@@ -108,6 +116,10 @@ def _unseen(character: str) -> bool:
 def side_or_own(side: int) -> int:
     """A side as a widget gives it, which starts at 0 and steps up: below the smallest it is 0, the model's own."""
     return 0 if 0 <= side < SMALLEST_SIDE and side % SIDE_STEP == 0 else side
+
+
+def _ask(tokens: Tokens, system: str, text: str) -> list[int]:
+    return [*tokens.encode(system), *written(tokens, text), *tokens.encode(_ASSISTANT)]
 
 
 def _picture(tokens: Tokens, grid: VQGrid) -> list[int]:

@@ -2,33 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
+
+import numpy as np
 
 from . import prompts
 from .backbone.acceptance import Sampling
-from .backbone.denoising import Draft, Method, Vocabulary, check_length, generate
+from .backbone.denoising import DENOISING, Draft, Generation, Method, Vocabulary, add_branches, check_length, generate
 from .backbone.guidance import Guidance
-from .backbone.handle import Backbone
+from .backbone.handle import Backbone, Steps
+from .backbone.network import LLaDA2
 from .backbone.session import Report
+from .backbone.sprint import Sprint
 from .checkpoint.codebook import origin, require_same
 from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
 from .tokens import Tokens
-from .vq import VQGrid
+from .vq import VQGrid, picture_seed
 
+# How the progress calls the writing of the plan before a picture.
+THINKING = "thinking"
+_NO_SPRINT = "SPRINT is not used in editing, as published: the picture was drawn exactly."
+# Pictures that are drawn together at most.
+MOST_PICTURES = 64
 # What bytes that are no whole character are read as.
 HALF = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A grid of codes, and what it took."""
+    """What was drawn, and what it took.
 
-    grid: VQGrid
+    Args:
+        grids: a grid of codes for each picture.
+        report: of all of them together.
+        confidence: for each picture, the probability with which each code was accepted, float32 [height, width].
+        reasoning: what the model wrote before it drew, where it was to think.
+        warnings: sentences on what was not done as it was asked for.
+    """
+
+    grids: tuple[VQGrid, ...]
     report: Report
+    confidence: tuple[np.ndarray, ...]
+    reasoning: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def grid(self) -> VQGrid:
+        """The grid of the only picture."""
+        (grid,) = self.grids
+        return grid
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How the model plans a picture in words before it draws it.
+
+    Args:
+        steps: denoising steps for a block of the plan.
+        length: tokens of the plan at most, the header of the picture included.
+        temperature: of the plan; see ``Sampling``.
+    """
+
+    steps: int = 32
+    length: int = 4096
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,8 +92,12 @@ def text_to_vq(
     sampling: Sampling = Sampling(steps=8),
     method: Method = Method.CACHED,
     on_step: OnStep = ignore,
+    thinking: Thinking | None = None,
+    on_text: Callable[[str], None] | None = None,
+    sprint: Sprint | None = None,
+    pictures: int = 1,
 ) -> Drawing:
-    """Draw a picture as codes.
+    """Draw a picture as codes, or several.
 
     Args:
         prompt: what to draw, in any language.
@@ -59,16 +105,43 @@ def text_to_vq(
         guidance: scale of the simple classifier-free guidance; 1 is none.
         rescale: see ``guidance.Guidance``.
         sampling, method: how tokens are chosen, and how the network is run.
+        thinking: None draws at once. Else the model plans in words first, and may choose another size than asked; the
+            picture is drawn in the same session.
+        on_text: called with the plan so far.
+        sprint: None is exact; see ``sprint.Sprint``.
+        pictures: how many to draw. They run together, with seeds ``seed``, ``seed + 1`` and so on, and each is what it would
+            be alone; so they differ above temperature 0 alone.
 
     Returns:
-        A grid of ``height / 32 x width / 32`` codes.
+        Grids of ``height / 32 x width / 32`` codes, or of the size that the model chose.
 
     Raises:
-        RequestError: the size has no size token, or the prompt is too long; before anything runs.
+        RequestError: the size has no size token, the prompt is too long or the number of pictures is out of range, before
+            anything runs; the model did not begin a picture in what it wrote, after that.
     """
+    if not 1 <= pictures <= MOST_PICTURES:
+        raise RequestError(f"{pictures} pictures are asked for; it has to be from 1 to {MOST_PICTURES}.")
     rows, columns = grid_size(backbone, width, height)
-    request = prompts.text_to_image(backbone.tokens, prompt, rows, columns)
-    return _draw(backbone, request, rows, columns, Guidance.simple(guidance, rescale), sampling, method, on_step)
+    guided, seeds = Guidance.simple(guidance, rescale), [picture_seed(sampling.seed, i) for i in range(pictures)]
+    options = {"sampling": sampling, "method": method, "sprint": sprint}
+    if thinking is None:
+        request = prompts.text_to_image(backbone.tokens, prompt, rows, columns)
+        return _draw(backbone, request, (rows, columns), on_step, guidance=guided, seeds=seeds, **options)
+    request = prompts.thinking(backbone.tokens, prompt, rows, columns)
+    think = lambda seeds: _think_and_draw(
+        backbone, request, (rows, columns), thinking, on_step, on_text, guidance=guided, seeds=seeds, **options
+    )
+    if not thinking.temperature:
+        return think(seeds)
+    # each has a plan of its own
+    drawn = [think([seed]) for seed in seeds]
+    return Drawing(
+        tuple(drawing.grid for drawing in drawn),
+        sum((drawing.report for drawing in drawn[1:]), drawn[0].report),
+        tuple(confidence for drawing in drawn for confidence in drawing.confidence),
+        "\n\n".join(drawing.reasoning for drawing in drawn),
+        tuple(dict.fromkeys(warning for drawing in drawn for warning in drawing.warnings)),
+    )
 
 
 def edit(
@@ -81,6 +154,7 @@ def edit(
     sampling: Sampling = Sampling(steps=8),
     method: Method = Method.CACHED,
     on_step: OnStep = ignore,
+    sprint: Sprint | None = None,
 ) -> Drawing:
     """Draw a picture anew, changed as the instruction says. The result has the size of ``grid``.
 
@@ -88,6 +162,7 @@ def edit(
         grid: the picture as codes, prepared for editing.
         text_guidance, image_guidance: how strongly to follow the instruction, and to keep to the picture.
         sampling, method: how tokens are chosen, and how the network is run.
+        sprint: is not used, as published, and the drawing has a warning that says so.
 
     Raises:
         RequestError: the grid is of another model or has no size token, or the request is too long.
@@ -95,7 +170,9 @@ def edit(
     request = prompts.edit(backbone.tokens, grid, instruction)
     require_same(grid, backbone.checkpoint)
     guidance = Guidance.editing(text_guidance, image_guidance, rescale)
-    return _draw(backbone, request, grid.height, grid.width, guidance, sampling, method, on_step)
+    options = {"sampling": sampling, "guidance": guidance, "method": method}
+    drawing = _draw(backbone, request, (grid.height, grid.width), on_step, **options)
+    return drawing if sprint is None else replace(drawing, warnings=(_NO_SPRINT,))
 
 
 def understand(
@@ -107,6 +184,7 @@ def understand(
     method: Method = Method.CACHED,
     on_step: OnStep = ignore,
     on_text: Callable[[str], None] | None = None,
+    sprint: Sprint | None = None,
 ) -> Answer:
     """Answer a question about a picture.
 
@@ -115,6 +193,7 @@ def understand(
         max_new_tokens: the answer's length at most.
         on_text: called after each step with the answer so far; a stretch not yet denoised reads "…".
         sampling, method: how tokens are chosen, and how the network is run.
+        sprint: None is exact; see ``sprint.Sprint``.
 
     Raises:
         RequestError: the grid is of another model or has no size token, or the request is too long.
@@ -123,14 +202,9 @@ def understand(
     request = prompts.understand(tokens, grid, question)
     require_same(grid, backbone.checkpoint)
     check_length(len(request.conditional), max_new_tokens, backbone.config.max_position_embeddings)
-
-    def step(progress: Progress) -> None:
-        on_step(progress)
-        if on_text and progress.generated:
-            on_text(readable(backbone, progress.generated[:max_new_tokens]))
-
     vocabulary = Vocabulary(tokens.mask, ends=frozenset({tokens.end}))
-    options = {"sampling": sampling, "method": method, "on_step": step}
+    step = _growing(backbone, on_step, on_text, max_new_tokens, DENOISING)
+    options = {"sampling": sampling, "method": method, "sprint": sprint, "on_step": step}
     done = backbone.run(generate, Draft.blank(request.branches, max_new_tokens, tokens.mask), vocabulary, **options)
     return Answer(_whole(tokens, done.ids), done.ids, done.report)
 
@@ -180,22 +254,93 @@ def _whole(tokens: Tokens, ids: list[int]) -> str:
     return text.rstrip(HALF) if tokens.decode(ids[-1:]) else text
 
 
+def _growing(
+    backbone: Backbone, on_step: OnStep, on_text: Callable[[str], None] | None, length: int, phase: str
+) -> OnStep:
+    """``on_step``, and ``on_text`` with what has been written in ``phase``."""
+
+    def step(progress: Progress) -> None:
+        on_step(progress)
+        if on_text and progress.phase == phase and progress.generated:
+            on_text(readable(backbone, progress.generated[:length]))
+
+    return step
+
+
 def _draw(
+    backbone: Backbone, request: prompts.Prompt, size: tuple[int, int], on_step: OnStep, **options: Any
+) -> Drawing:
+    """Draw a grid of ``size`` codes, or several; ``options`` are those of ``generate``."""
+    draft, vocabulary = _canvas(backbone, request.branches, size)
+    check_length(len(request.conditional), len(draft.body), backbone.config.max_position_embeddings)
+    return _drawing(backbone, size, backbone.run(generate, draft, vocabulary, on_step=on_step, **options))
+
+
+def _canvas(backbone: Backbone, branches: Sequence[Sequence[int]], size: tuple[int, int]) -> tuple[Draft, Vocabulary]:
+    vocabulary = Vocabulary(backbone.tokens.mask, first=backbone.config.image_token_offset)
+    return Draft.blank(branches, size[0] * size[1], vocabulary.mask), vocabulary
+
+
+def _drawing(backbone: Backbone, size: tuple[int, int], done: Generation) -> Drawing:
+    offset, made_by = backbone.config.image_token_offset, origin(backbone.checkpoint)
+    grids = [
+        VQGrid.from_list([token - offset for token in ids], *size, backbone.config.codebook_size, made_by)
+        for ids in done.pictures
+    ]
+    return Drawing(tuple(grids), done.report, tuple(certain.reshape(size) for certain in done.confidence))
+
+
+def _think_and_draw(
     backbone: Backbone,
     request: prompts.Prompt,
-    rows: int,
-    columns: int,
-    guidance: Guidance,
-    sampling: Sampling,
-    method: Method,
+    size: tuple[int, int],
+    thinking: Thinking,
     on_step: OnStep,
+    on_text: Callable[[str], None] | None,
+    **options: Any,
 ) -> Drawing:
-    length, offset = rows * columns, backbone.config.image_token_offset
-    check_length(len(request.conditional), length, backbone.config.max_position_embeddings)
-    vocabulary = Vocabulary(backbone.tokens.mask, first=offset)
-    draft = Draft.blank(request.branches, length, vocabulary.mask)
-    options = {"sampling": sampling, "guidance": guidance, "method": method, "on_step": on_step}
-    done = backbone.run(generate, draft, vocabulary, **options)
-    codes = [token - offset for token in done.ids]
-    made = VQGrid.from_list(codes, rows, columns, backbone.config.codebook_size, origin(backbone.checkpoint))
-    return Drawing(made, done.report)
+    """Write a plan, then draw what it says in the same session; ``options`` are those of ``generate`` for the picture."""
+    tokens, most = backbone.tokens, backbone.config.max_position_embeddings
+    check_length(len(request.conditional) + size[0] * size[1], thinking.length, most)
+    ends = Vocabulary(tokens.mask, ends=frozenset({tokens.boi, tokens.end}))
+    draft = Draft.blank(request.branches[:1], thinking.length, tokens.mask)
+    sampling, seeds, sprint = options["sampling"], options["seeds"], options["sprint"]
+    plan = replace(sampling, steps=thinking.steps, temperature=thinking.temperature, seed=seeds[0])
+    writing = {"sampling": plan, "method": options["method"], "sprint": sprint, "phase": THINKING, "keep": True}
+
+    def job(network: LLaDA2) -> Steps[tuple[list[int], tuple[int, int] | None, Generation]]:
+        thought = yield from generate(network, draft, ends, **writing)
+        ids, session, report = thought.ids, thought.session, thought.report
+        if ids[-1] != tokens.boi:
+            raise RequestError(_no_picture(ids[-1] == tokens.end, thinking.length))
+        chosen = tokens.read_header(ids)
+        _, (_, *others) = options["guidance"].select(request.branches)
+        canvas, vocabulary = _canvas(backbone, [[]] * (1 + len(others)), chosen or size)
+        check_length(len(session), len(canvas.body), most)
+        if session.layers is None:  # a method that keeps nothing begins anew
+            session, canvas = None, replace(canvas, branches=([*request.conditional, *ids], *request.branches[1:]))
+        elif others:
+            session, read = yield from add_branches(network, session, others, tokens.mask, sprint)
+            report += read
+        drawn = yield from generate(network, canvas, vocabulary, session=session, **options)
+        return ids, chosen, replace(drawn, report=report + drawn.report)
+
+    ids, chosen, done = backbone.run(job, on_step=_growing(backbone, on_step, on_text, thinking.length, THINKING))
+    reasoning = tokens.decode(ids[:-4] if chosen else ids).strip()
+    doubt = () if chosen == size else (_other_size(size, chosen),)
+    return replace(_drawing(backbone, chosen or size, done), reasoning=reasoning, warnings=doubt)
+
+
+def _no_picture(ended: bool, length: int) -> str:
+    if ended:
+        return "The model ended its text without beginning a picture. Ask for a picture, or draw without thinking."
+    return (
+        f"The model thought for {length} tokens and began no picture. Raise the length of thinking, or draw without it."
+    )
+
+
+def _other_size(size: tuple[int, int], chosen: tuple[int, int] | None) -> str:
+    pixels = lambda size: f"{size[1] * DECODED_PIXELS} x {size[0] * DECODED_PIXELS} pixels"
+    if chosen is None:
+        return f"The model stated no size after thinking; the picture has the {pixels(size)} asked for."
+    return f"The model chose {pixels(chosen)} in place of the {pixels(size)} asked for."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,6 +135,14 @@ class Tokens:
         """
         self.check_size(height, width)
         return [self.image, *(self._vocabulary[f"<|reserved_token_{side}|>"] for side in (height, width)), self.boi]
+
+    def read_header(self, ids: Sequence[int]) -> tuple[int, int] | None:
+        """Rows and columns of codes that the header at the end of ``ids`` states; None where there is none."""
+        sides = {self._vocabulary[f"<|reserved_token_{side}|>"]: side for side in self.sizes}
+        match list(ids[-4:]):
+            case [self.image, height, width, self.boi] if height in sides and width in sides:
+                return sides[height], sides[width]
+        return None
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ``RequestError`` if a grid of ``height x width`` codes has no size tokens."""

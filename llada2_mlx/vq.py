@@ -29,12 +29,12 @@ class Origin:
     table: str = ""
     use: str = ""
 
-    def is_codebook_of(self, other: Origin) -> bool | None:
-        """Whether the codes of two origins are of one codebook; None where that is not known."""
-        for own, theirs in ((self.vectors, other.vectors), (self.table, other.table)):
-            if own and theirs:
-                return own == theirs
-        return None
+    def may_equal(self, other: Origin) -> bool:
+        """Whether the codebooks are the same one, as far as both are known."""
+        for one, another in ((self.vectors, other.vectors), (self.table, other.table)):
+            if one and another:
+                return one == another
+        return True
 
 
 @dataclass(frozen=True, eq=False)

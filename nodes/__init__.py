@@ -5,11 +5,20 @@ from comfy_api.latest import ComfyExtension, io
 from .backbone import LoadLLaDA2Backbone
 from .generate import LLaDA2Edit, LLaDA2TextToVQ
 from .grids import GRID_NODES
+from .sprint import LLaDA2Sprint
 from .understand import LLaDA2Understand
 from .vq import SigLIPVQEncode, ZImageDecode
 
 
 class LLaDA2Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        drawing = [LoadLLaDA2Backbone, SigLIPVQEncode, LLaDA2TextToVQ, LLaDA2Understand, LLaDA2Edit, ZImageDecode]
-        return [*drawing, *GRID_NODES]
+        return [
+            LoadLLaDA2Backbone,
+            SigLIPVQEncode,
+            LLaDA2TextToVQ,
+            LLaDA2Understand,
+            LLaDA2Edit,
+            LLaDA2Sprint,
+            ZImageDecode,
+            *GRID_NODES,
+        ]

@@ -382,7 +382,7 @@ class LLaDA2CompareVQ(io.ComfyNode):
         differing = [difference(*pair) for pair in paired(first, second)]
         count = sum(int(each.sum()) for each in differing)
         host.tell(f"{count} of {sum(each.size for each in differing)} codes differ.")
-        return io.NodeOutput(to_mask(differing), count)
+        return io.NodeOutput(to_mask(differing, DECODED_PIXELS), count)
 
 
 def _both(node: type[io.ComfyNode], **grids) -> list[str]:

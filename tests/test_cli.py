@@ -67,6 +67,35 @@ def test_a_picture_from_a_text_and_its_parameters(run, tmp_path: Path) -> None:
         assert first.tobytes() == second.tobytes()
 
 
+def test_pictures_are_numbered(run) -> None:
+    wild = ("--temperature", "2", "--steps", "2", "--seed", "4")
+    status, out, _ = run("t2i", "a cat", *wild, "--pictures", "2", "-o", "cat.png", "--codes", "cat.safetensors")
+    assert (status, out) == (0, "cat-1.png: 256 x 256 pixels\ncat-2.png: 256 x 256 pixels\n")
+    assert run("t2i", "a cat", *wild[:-1], "5", "-o", "alone.png", "--codes", "alone.safetensors")[0] == 0
+    assert VQGrid.load("alone.safetensors") == VQGrid.load("cat-2.safetensors") != VQGrid.load("cat-1.safetensors")
+    with Image.open("alone.png") as alone, Image.open("cat-2.png") as second:
+        assert alone.tobytes() == second.tobytes()
+    status, _, err = run("t2i", "a cat", "--pictures", "65")
+    assert status == 1 and "from 1 to 64" in err
+
+
+def test_sprint(run) -> None:
+    status, *_ = run("t2i", "a cat", "--sprint", "--keep-ratio", "0.3", "--remasking", "margin", "-o", "fast.png")
+    assert status == 0
+    status, out, _ = run("understand", "fast.png", "What is it?", "--sprint", "--max-new-tokens", "16", "--steps", "4")
+    assert status == 0 and out
+    status, _, err = run("edit", "fast.png", "Make it blue.", "--sprint", "--steps", "1", "-o", "blue.png")
+    assert status == 0 and "warning: SPRINT is not used in editing" in err
+    status, _, err = run("t2i", "a cat", "--sprint", "--warm-up", "0")
+    assert status == 1 and "SPRINT's warm up is 0; it has to be from 1" in err
+
+
+def test_a_plan_that_begins_no_picture(run) -> None:
+    status, _, err = run("t2i", "a cat", "--thinking", "--thinking-length", "20", "--thinking-steps", "2")
+    assert status == 1 and ("begins" in err or "began no picture" in err or "without beginning" in err)
+    assert not list(Path().glob("*.png"))
+
+
 def test_a_question(run) -> None:
     noise(128, 128).save("picture.png")
     status, out, _ = run("understand", "picture.png", "What is it?", "--max-new-tokens", "16", "--steps", "4")

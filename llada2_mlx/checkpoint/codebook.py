@@ -45,7 +45,7 @@ def require_same(grid: VQGrid, checkpoint: Checkpoint) -> None:
 
 def require_one_codebook(theirs: Origin, checkpoint: Checkpoint) -> None:
     """The same of codes that are still to be made by the model that ``theirs`` says."""
-    if theirs.is_codebook_of(origin(checkpoint)) is False:
+    if not theirs.may_equal(origin(checkpoint)):
         raise RequestError(
             f"The codes are of the model {theirs.model or 'that made them'}, and {checkpoint.root.name} has another codebook. "
             "Use one model for all nodes of a graph."

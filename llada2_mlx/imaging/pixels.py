@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from ..checkpoint.sizes import DECODED_PIXELS
 from ..errors import RequestError
 from ..grids import cells
 from ..vq import VQGrid
@@ -50,19 +49,22 @@ def to_pixels(pictures: Sequence[np.ndarray]) -> list[torch.Tensor]:
     return [torch.from_numpy(np.stack(batch)).float() / 255 for batch in batches]
 
 
-def to_mask(marked: Sequence[np.ndarray]) -> torch.Tensor:
-    """Booleans [height, width] of codes -> a mask [batch, height, width] of the size of the decoded pictures, 1 where they are true.
+def to_mask(cells: Sequence[np.ndarray], pixels: int) -> torch.Tensor:
+    """Grids of numbers in 0 .. 1, [rows, columns] of one size, -> a mask [batch, height, width], float32.
+
+    Args:
+        pixels: the side of the square that each cell becomes.
 
     Raises:
         RequestError: they have several sizes.
     """
-    if len(sizes := {each.shape for each in marked}) != 1:
+    if len(sizes := {each.shape for each in cells}) != 1:
         told = ", ".join(f"{height} x {width}" for height, width in sorted(sizes)) or "none"
         raise RequestError(
             f"The masks of a batch have one size, and these grids have several ({told}). Give them one by one."
         )
-    enlarged = [each.repeat(DECODED_PIXELS, axis=0).repeat(DECODED_PIXELS, axis=1) for each in marked]
-    return torch.from_numpy(np.stack(enlarged)).float()
+    grids = torch.from_numpy(np.stack(cells).astype(np.float32))
+    return grids.repeat_interleave(pixels, dim=1).repeat_interleave(pixels, dim=2)
 
 
 def to_cells(mask: torch.Tensor | None, grids: Sequence[VQGrid]) -> list[np.ndarray | None]:

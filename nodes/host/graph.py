@@ -25,11 +25,15 @@ def models_behind(graph: DynamicPrompt | None, name: str) -> list[str]:
 
     Several where a node of somebody else's chooses between links; none where the graph does not say.
     """
-    context = get_executing_context()
-    if graph is None or context is None:
+    if graph is None:
         return []
-    inputs = graph.get_node(context.node_id)["inputs"]
-    return list(dict.fromkeys(_models(graph, inputs.get(name), model_names(), set())))
+    return list(dict.fromkeys(_models(graph, given(graph, name), model_names(), set())))
+
+
+def given(graph: DynamicPrompt | None, name: str) -> Any:
+    """An input of the running node as the graph has it; None where it has none."""
+    context = get_executing_context()
+    return None if graph is None or context is None else graph.get_node(context.node_id)["inputs"].get(name)
 
 
 def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkpoint], object] | None = None) -> None:
@@ -60,7 +64,11 @@ def check_one_codebook(graph: DynamicPrompt | None, one: str, other: str) -> Non
     Raises:
         LLaDA2Error: no model that can be behind the one link has the codebook of one behind the other.
     """
-    pairs = list(product(models_behind(graph, one), models_behind(graph, other)))
+    context = get_executing_context()
+    if graph is None or context is None:
+        return
+    inputs, names = graph.get_node(context.node_id)["inputs"], model_names()
+    pairs = list(product(*(list(_models(graph, inputs.get(name), names, set())) for name in (one, other))))
     if not any(HUB_MODEL in pair for pair in pairs):
         _require_any(partial(_check_pair, *pair) for pair in pairs)
 

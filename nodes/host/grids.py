@@ -17,7 +17,7 @@ from ...llada2_mlx.checkpoint.sizes import DECODED_PIXELS
 from ...llada2_mlx.errors import CheckpointError, LLaDA2Error, RequestError
 from ...llada2_mlx.files import is_hidden, is_plain
 from ...llada2_mlx.tokens import check_size
-from ...llada2_mlx.vq import VQGrid
+from ...llada2_mlx.vq import Origin, VQGrid
 from .folders import local_checkpoint, model_names, named
 from .progress import tell, warn
 
@@ -207,9 +207,14 @@ def _model_here(grid: VQGrid) -> str | None:
     own = grid.origin.model
     for name in dict.fromkeys([own, *model_names()]):
         checkpoint = local_checkpoint(name)
-        if checkpoint is not None and origin(checkpoint).is_codebook_of(grid.origin):
+        if checkpoint is not None and _is_known_equal(origin(checkpoint), grid.origin):
             return name
     return None
+
+
+def _is_known_equal(one: Origin, other: Origin) -> bool:
+    both_known = (one.vectors and other.vectors) or (one.table and other.table)
+    return bool(both_known) and one.may_equal(other)
 
 
 def _notes(hidden: Any) -> dict[str, str]:

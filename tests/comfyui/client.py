@@ -130,6 +130,21 @@ class Comfy:
         ]
 
 
+def ran(run: Run) -> Run:
+    assert run.error is None, run.error
+    return run
+
+
+def failed(run: Run, node: str) -> str:
+    assert run.error and run.error["node_id"] == node, run.error
+    return run.error["exception_message"]
+
+
+def told(run: Run, node: str) -> str:
+    """The last text that a node showed."""
+    return [text for name, text in run.texts if name == node][-1]
+
+
 def workflow(name: str, **changes: dict) -> dict:
     """A shipped API graph, with inputs of some nodes changed: ``workflow("text_to_image", **{"3": {"seed": 1}})``."""
     prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())

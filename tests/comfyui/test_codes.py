@@ -10,7 +10,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from client import Comfy, Run, workflow
+from client import Comfy, Run, failed, ran, workflow
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -57,16 +57,6 @@ def node(kind: str, **inputs) -> dict:
 
 def save(link: list, prefix: str) -> dict:
     return node("Save", vq=link, filename_prefix=prefix)
-
-
-def ran(run: Run) -> Run:
-    assert run.error is None, run.error
-    return run
-
-
-def failed(run: Run, node: str) -> str:
-    assert run.error and run.error["node_id"] == node, run.error
-    return run.error["exception_message"]
 
 
 def saved(comfy: Comfy, run: Run, key: str) -> list[VQGrid]:

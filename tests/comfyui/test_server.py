@@ -6,10 +6,9 @@ import json
 import time
 from itertools import combinations
 from pathlib import Path
-from zlib import crc32
 
 import pytest
-from client import WORKFLOWS, Comfy, Run, workflow
+from client import WORKFLOWS, Comfy, failed, ran, told, workflow
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -17,24 +16,21 @@ from llada2_mlx.checkpoint.layout import BUILT_IN
 from llada2_mlx.shapes.detector import read
 from llada2_mlx.shapes.world import Colour, Kind, Place
 
-NODES = ["LoadLLaDA2Backbone", "SigLIPVQEncode", "LLaDA2TextToVQ", "LLaDA2Understand", "LLaDA2Edit", "ZImageDecode"]
+NODES = [
+    "LoadLLaDA2Backbone",
+    "SigLIPVQEncode",
+    "LLaDA2TextToVQ",
+    "LLaDA2Understand",
+    "LLaDA2Edit",
+    "LLaDA2Sprint",
+    "ZImageDecode",
+]
 # what the shipped prompts ask for, as the detector reads it
 STAR = (Kind.STAR, Colour.BLUE, Place.BOTTOM_RIGHT)
 DRAWN, EDITED = ({(Kind.CIRCLE, colour, Place.TOP_LEFT), STAR} for colour in (Colour.RED, Colour.YELLOW))
 ANSWER = "A red circle in the top left and a blue star in the bottom right, on a plain white background."
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 OTHERS = {"codes_as_things"}  # run by tests of their own, because they show something else
-
-
-def ran(run: Run) -> Run:
-    assert run.error is None, run.error
-    return run
-
-
-@pytest.fixture
-def unique(request: pytest.FixtureRequest) -> str:
-    """A prompt that no other test draws, so that nothing of it is cached, in words that the toy knows."""
-    return f"A red circle. ({crc32(request.node.name.encode())})"
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -397,7 +393,6 @@ def test_an_encoder_of_other_codes_is_refused_before_the_picture_is_made(comfy: 
 
 
 def test_words_that_the_toy_does_not_know_are_warned_of(comfy: Comfy, unique: str) -> None:
-    told = lambda run, node: [text for name, text in run.texts if name == node][-1]
     asked = {"2": {"prompt": "A fox in the snow. (7)", "steps": 1}, "3": {"decoder.steps": 2}}
     text = told(ran(comfy.run(workflow("text_to_image", **asked))), "2")
     assert "shapes is a toy, and these words are none of its own: fox, snow." in text and "It knows circles" in text
@@ -436,11 +431,6 @@ def test_a_model_with_as_many_codes_of_another_kind_is_refused(comfy: Comfy, uni
 def test_the_other_parts_of_an_incomplete_model_work(comfy: Comfy) -> None:
     chosen = {"1": {"model": "partial"}, "3": {"model": "Shapes (built in)"}}  # a copy has the same codes
     ran(comfy.run(workflow("text_to_image", **chosen)))
-
-
-def failed(run: Run, node: str) -> str:
-    assert run.error and run.error["node_id"] == node, run.error
-    return run.error["exception_message"]
 
 
 def test_a_size_without_a_token_is_refused_before_any_step(comfy: Comfy) -> None:

@@ -171,7 +171,7 @@ def test_pictures_of_one_size_are_a_batch_and_others_a_list() -> None:
 
 def test_a_mask_of_codes_and_back() -> None:
     where = np.random.default_rng(0).random((8, 10)) > 0.5
-    mask = to_mask([where, ~where])
+    mask = to_mask([where, ~where], 32)
     assert mask.shape == (2, 256, 320) and set(mask.unique().tolist()) == {0, 1}
     grids = [VQGrid(np.zeros((8, 10), int), 4)] * 2
     first, second = to_cells(mask, grids)
@@ -180,7 +180,7 @@ def test_a_mask_of_codes_and_back() -> None:
     assert (to_cells(mask[0], grids[:1])[0] == where).all()  # without a batch
     assert to_cells(None, grids) == [None, None]
     with pytest.raises(RequestError, match=r"have several \(8 x 10, 10 x 8\)"):
-        to_mask([where, where.T])
+        to_mask([where, where.T], 32)
     with pytest.raises(RequestError, match="does not fit 2 grids"):
         to_cells(mask[[0, 0, 0]], grids)
     with pytest.raises(RequestError, match="needs rows and columns"):
