@@ -141,6 +141,21 @@ def decode(a: argparse.Namespace) -> None:
     _decode(a, checkpoint, (grid,), _decode_options(a, checkpoint, grid))
 
 
+def look(a: argparse.Namespace) -> None:
+    """Show codes without decoding them: a square of one colour for each."""
+    from PIL import Image
+
+    from .imaging import look as looking
+
+    _writable(a.output, ".png")
+    grid, checkpoint = VQGrid.load(a.codes), _resolve(a, Part.IMAGE_TOKENIZER)
+    require_same(grid, checkpoint)
+    picture = Image.fromarray(looking.look(grid.codes, looking.palette(checkpoint), scale=a.pixels))
+    with replacing(Path(a.output)) as partial:
+        picture.save(partial, format="PNG")
+    print(f"{a.output}: {picture.width} x {picture.height} pixels")
+
+
 def download(a: argparse.Namespace) -> None:
     """Get a model from the hub, or the rest of one; check what is there, get what is damaged again, and say where it is."""
     parts = list(PARTS.values()) if "all" in a.parts else [PARTS[name] for name in a.parts]
@@ -474,6 +489,11 @@ def _parser() -> argparse.ArgumentParser:
     p = add(decode, decoding)
     p.add_argument("codes")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
+
+    p = add(look)
+    p.add_argument("codes")
+    p.add_argument("-o", "--output", default="look.png", help="the PNG file to write (default: look.png)")
+    p.add_argument("--pixels", type=int, default=16, help="on a side of a code (default: 16)")
 
     p = add(download, running=False)
     p.add_argument("model", nargs="?", default=HUB_MODEL, help=f"a hub id (default: {HUB_MODEL})")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from .errors import RequestError
 from .files import replacing
@@ -27,6 +28,13 @@ class Origin:
     vectors: str = ""
     table: str = ""
     use: str = ""
+
+    def may_equal(self, other: Origin) -> bool:
+        """Whether the codebooks are the same one, as far as both are known."""
+        for one, another in ((self.vectors, other.vectors), (self.table, other.table)):
+            if one and another:
+                return one == another
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +107,14 @@ class VQGrid:
         """The codes row by row."""
         return self.codes.flatten().tolist()
 
-    def save(self, path: str | Path) -> None:
-        """Write the grid as safetensors, its size and codebook in the metadata; whole or not at all."""
+    def save(self, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
+        """Write the grid as safetensors, its size and codebook in the metadata; whole or not at all.
+
+        Args:
+            notes: what else to write into the metadata; ``load`` does not read it.
+        """
         metadata = {
+            **(notes or {}),
             "format": "llada2-vq",
             "height": str(self.height),
             "width": str(self.width),
@@ -109,7 +122,7 @@ class VQGrid:
             **{key: known for key, known in asdict(self.origin).items() if known},
         }
         with replacing(Path(path)) as partial:
-            save_file({"codes": self.codes}, partial, metadata=metadata)
+            partial.write_bytes(save({"codes": self.codes}, metadata))  # save_file makes a file for its owner alone
 
     @classmethod
     def load(cls, path: str | Path) -> VQGrid:

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .backbone import LoadLLaDA2Backbone
 from .generate import LLaDA2Edit, LLaDA2TextToVQ
+from .grids import GRID_NODES
 from .sprint import LLaDA2Sprint
 from .understand import LLaDA2Understand
 from .vq import SigLIPVQEncode, ZImageDecode
@@ -19,4 +20,5 @@ class LLaDA2Extension(ComfyExtension):
             LLaDA2Edit,
             LLaDA2Sprint,
             ZImageDecode,
+            *GRID_NODES,
         ]

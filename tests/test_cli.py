@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from demonstration import Demo
 from pictures import noise
@@ -17,6 +18,9 @@ from PIL import Image
 from synthetic import tiny
 
 from llada2_mlx import cli
+from llada2_mlx.checkpoint.codebook import origin
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
+from llada2_mlx.imaging.look import look, palette
 from llada2_mlx.shapes import gallery
 from llada2_mlx.vq import VQGrid
 
@@ -130,6 +134,19 @@ def test_to_codes_and_back(run) -> None:
         assert run("decode", "codes.safetensors", *words, "-o", "back.png")[1] == "back.png: 256 x 320 pixels\n"
 
 
+def test_a_look_at_codes(run) -> None:
+    grid = VQGrid(np.arange(80).reshape(8, 10), 256)
+    grid.save("codes.safetensors")
+    assert run("look", "codes.safetensors", "--pixels", "4")[:2] == (0, "look.png: 40 x 32 pixels\n")
+    with Image.open("look.png") as image:
+        assert (np.asarray(image) == look(grid.codes, palette(Checkpoint(tiny())), scale=4)).all()
+    status, _, err = run("look", "codes.safetensors", "--model", str(BUILT_IN), "--pixels", "0")
+    assert status == 1 and "shown by 1 to 64 pixels" in err
+    VQGrid(grid.codes, 256, origin(Checkpoint(tiny()))).save("codes.safetensors")
+    status, _, err = run("look", "codes.safetensors", "--model", str(BUILT_IN))
+    assert status == 1 and "shapes has another codebook" in err
+
+
 def test_what_a_model_is(run) -> None:
     status, out, _ = run("info")
     assert status == 0 and "turbo decoder: complete" in out and '"num_experts": 16' in out and "256 x 256 pixels" in out
@@ -155,6 +172,8 @@ def test_what_a_model_is(run) -> None:
         (("encode", "missing.png"), "There is no picture missing.png"),
         (("encode", "text.png"), "cannot be read as a picture"),
         (("decode", "missing.safetensors"), "There is no file"),
+        (("look", "missing.safetensors"), "There is no file"),
+        (("look", "text.png"), "is not a grid of codes"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(run, words: tuple[str, ...], message: str) -> None:

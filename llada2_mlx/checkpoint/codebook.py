@@ -15,7 +15,7 @@ from ..errors import RequestError
 from ..vq import Origin, VQGrid
 from .layout import Checkpoint, visible
 
-_VECTORS = "model.vqmodel.quantize.embedding.weight"
+VECTORS = "model.vqmodel.quantize.embedding.weight"  # in the image tokenizer's file
 _SAMPLES, _SAMPLE_BYTES = 32, 2**16  # what is hashed of a table: enough to tell two trainings apart, at no cost
 
 
@@ -45,15 +45,11 @@ def require_same(grid: VQGrid, checkpoint: Checkpoint) -> None:
 
 def require_one_codebook(theirs: Origin, checkpoint: Checkpoint) -> None:
     """The same of codes that are still to be made by the model that ``theirs`` says."""
-    own = origin(checkpoint)
-    for one, other in ((theirs.vectors, own.vectors), (theirs.table, own.table)):
-        if one and other:
-            if one == other:
-                return
-            raise RequestError(
-                f"The codes are of the model {theirs.model or 'that made them'}, and {checkpoint.root.name} has another codebook. "
-                "Use one model for all nodes of a graph."
-            )
+    if not theirs.may_equal(origin(checkpoint)):
+        raise RequestError(
+            f"The codes are of the model {theirs.model or 'that made them'}, and {checkpoint.root.name} has another codebook. "
+            "Use one model for all nodes of a graph."
+        )
 
 
 def doubt(grid: VQGrid, checkpoint: Checkpoint, use: str) -> str | None:
@@ -86,7 +82,7 @@ def _hashed(path: Path, size: int, changed: int) -> str:
             length = int.from_bytes(file.read(8), "little")
             if length > size:
                 raise ValueError("truncated")
-            stated = json.loads(file.read(length))[_VECTORS]
+            stated = json.loads(file.read(length))[VECTORS]
             begin, end = (8 + length + offset for offset in stated["data_offsets"])
             said = json.dumps([stated["dtype"], stated["shape"]]).encode()
         seen = hashlib.sha256(said + str(end - begin).encode())

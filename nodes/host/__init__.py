@@ -13,7 +13,8 @@ from .folders import (
     model_of_codes,
     named,
 )
-from .graph import check_codes, given
+from .graph import check_codes, check_one_codebook, given
+from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
 from .progress import explains, pictures, progress, progress_text, tell, warn
 from .validation import refusal
@@ -26,12 +27,18 @@ __all__ = [
     "ManagedPart",
     "backbone",
     "check_codes",
+    "check_grid",
     "check_model",
+    "check_one_codebook",
+    "check_prefix",
     "checkpoint",
     "explains",
     "fingerprint",
     "given",
+    "grid_fingerprint",
+    "grid_names",
     "image_part",
+    "load_grid",
     "missing_packages",
     "model_names",
     "model_of_backbone",
@@ -42,6 +49,8 @@ __all__ = [
     "progress_text",
     "refusal",
     "repair_hint",
+    "save_grids",
+    "size_note",
     "tell",
     "warn",
 ]
