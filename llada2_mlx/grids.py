@@ -114,6 +114,9 @@ def difference(one: VQGrid, other: VQGrid) -> np.ndarray:
 def cells(mask: np.ndarray, height: int, width: int, threshold: float = 0.5) -> np.ndarray:
     """Booleans [height, width]: the codes that a mask of any size covers to at least ``threshold``.
 
+    A mask of another shape than the grid's loses its edges, as a picture does when it is encoded: it is scaled to cover the
+    grid, and the middle counts.
+
     Args:
         mask: floats [rows, columns] in 0 .. 1, over the whole picture.
 
@@ -122,7 +125,9 @@ def cells(mask: np.ndarray, height: int, width: int, threshold: float = 0.5) -> 
     """
     if mask.ndim != 2 or 0 in mask.shape:
         raise RequestError(f"A mask of shape {list(mask.shape)} cannot be used; it needs rows and columns.")
-    covered = _shares(mask.shape[0], height) @ mask.astype(np.float64) @ _shares(mask.shape[1], width).T
+    rows, columns = mask.shape
+    kept = min(rows, columns * height / width), min(columns, rows * width / height)
+    covered = _shares(rows, kept[0], height) @ mask.astype(np.float64) @ _shares(columns, kept[1], width).T
     return covered >= threshold - 1e-6  # sums of fractions are not exact
 
 
@@ -141,11 +146,17 @@ def paired(first: Sequence[VQGrid], second: Sequence[VQGrid]) -> list[tuple[VQGr
     return list(zip(spread(first), spread(second), strict=True))
 
 
-def _shares(length: int, parts: int) -> np.ndarray:
-    """[parts, length]: the share that each of ``length`` pixels has in each of ``parts`` equal stretches."""
-    begins, pixels = np.arange(parts)[:, None] * (length / parts), np.arange(length)[None]
-    ends = begins + length / parts
-    return (np.minimum(ends, pixels + 1) - np.maximum(begins, pixels)).clip(min=0) * (parts / length)
+def grown(cells: np.ndarray, by: int) -> np.ndarray:
+    """What is true in ``cells``, and what is at most ``by`` codes from it, corners included."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(cells, by), (2 * by + 1, 2 * by + 1))
+    return windows.any(axis=(-2, -1))
+
+
+def _shares(length: int, kept: float, parts: int) -> np.ndarray:
+    """[parts, length]: the share of each of ``length`` pixels in each of the equal ``parts`` of the middle, ``kept`` pixels."""
+    begins, pixels = (length - kept) / 2 + np.arange(parts)[:, None] * (kept / parts), np.arange(length)[None]
+    ends = begins + kept / parts
+    return (np.minimum(ends, pixels + 1) - np.maximum(begins, pixels)).clip(min=0) * (parts / kept)
 
 
 def _require_inside(grid: VQGrid, left: int, top: int, width: int, height: int, what: str) -> None:

@@ -60,9 +60,13 @@ def understand(tokens: Tokens, grid: VQGrid, question: str) -> Prompt:
     return Prompt(([*_picture(tokens, grid), *written(tokens, question)],))
 
 
-def edit(tokens: Tokens, grid: VQGrid, instruction: str) -> Prompt:
-    """Branches: conditional, without the instruction, without the picture. The result has the picture's size."""
-    picture, header = _picture(tokens, grid), tokens.header(grid.height, grid.width)
+def edit(tokens: Tokens, grid: VQGrid, instruction: str, size: tuple[int, int] | None = None) -> Prompt:
+    """Branches: conditional, without the instruction, without the picture.
+
+    Args:
+        size: rows and columns of codes of the result; None is the picture's.
+    """
+    picture, header = _picture(tokens, grid), tokens.header(*(size or (grid.height, grid.width)))
     ask = lambda source, text: [
         *tokens.encode(_EDIT),
         *source,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from itertools import groupby
 from typing import Any
 
@@ -175,6 +176,89 @@ def edit(
     return drawing if sprint is None else replace(drawing, warnings=(_NO_SPRINT,))
 
 
+class Seeing(Enum):
+    """What the model sees while it redraws a part of a picture."""
+
+    PICTURE = "the whole picture"  # as the source of an edit
+    BEFORE = "what comes before"  # as when it draws: blocks of codes in the order of rows
+
+
+def redraw(
+    backbone: Backbone,
+    grid: VQGrid,
+    masked: np.ndarray,
+    text: str,
+    seeing: Seeing = Seeing.PICTURE,
+    guidance: float | None = None,
+    image_guidance: float = 0.0,
+    rescale: float = 0.7,
+    sampling: Sampling = Sampling(steps=8),
+    method: Method = Method.CACHED,
+    on_step: OnStep = ignore,
+) -> Drawing:
+    """Draw a part of a picture anew. Every code that is not masked is kept.
+
+    Args:
+        grid: the picture as codes.
+        masked: the codes to draw, bool [height, width].
+        text: an instruction as for ``edit`` where the whole picture is seen, else a prompt that describes the picture.
+        seeing: what the model sees. With the whole picture it reads as many codes again.
+        guidance: scale of the guidance towards the text; None is 4.0 with the whole picture and else 2.0.
+        image_guidance: how strongly to keep to the picture where it is seen.
+        rescale, sampling, method: as in drawing.
+
+    Raises:
+        RequestError: the mask has another size or masks nothing, the grid is of another model, or the request is too long.
+    """
+    if np.shape(masked) != grid.codes.shape:
+        raise RequestError(f"A mask of {list(np.shape(masked))} codes does not fit {grid}.")
+    if not np.any(masked):
+        raise RequestError("The mask covers no code. Paint over what is to be redrawn.")
+    require_same(grid, backbone.checkpoint)
+    return _redraw(
+        backbone, grid, grid, masked, text, seeing, guidance, image_guidance, rescale, sampling, method, on_step
+    )
+
+
+def grow(
+    backbone: Backbone,
+    grid: VQGrid,
+    text: str,
+    left: int = 0,
+    top: int = 0,
+    right: int = 0,
+    bottom: int = 0,
+    seeing: Seeing = Seeing.BEFORE,
+    guidance: float | None = None,
+    image_guidance: float = 0.0,
+    rescale: float = 0.7,
+    sampling: Sampling = Sampling(steps=8),
+    method: Method = Method.CACHED,
+    on_step: OnStep = ignore,
+) -> Drawing:
+    """Draw what is around a picture. Every code of it is kept.
+
+    Args:
+        grid: the picture as codes.
+        left, top, right, bottom: how many codes to add there.
+        text: as in ``redraw``, and so is everything else.
+
+    Raises:
+        RequestError: nothing is to be added, the new size has no size token, the grid is of another model, or the request
+            is too long.
+    """
+    if min(left, top, right, bottom) < 0 or not left + top + right + bottom:
+        raise RequestError("Nothing is to be added. Say how many codes the picture grows by on at least one side.")
+    require_same(grid, backbone.checkpoint)
+    backbone.tokens.check_size(grid.height + top + bottom, grid.width + left + right)
+    around = ((top, bottom), (left, right))
+    larger = replace(grid, codes=np.pad(grid.codes, around))
+    masked = np.pad(np.zeros(grid.codes.shape, bool), around, constant_values=True)
+    return _redraw(
+        backbone, grid, larger, masked, text, seeing, guidance, image_guidance, rescale, sampling, method, on_step
+    )
+
+
 def understand(
     backbone: Backbone,
     grid: VQGrid,
@@ -279,6 +363,35 @@ def _draw(
 def _canvas(backbone: Backbone, branches: Sequence[Sequence[int]], size: tuple[int, int]) -> tuple[Draft, Vocabulary]:
     vocabulary = Vocabulary(backbone.tokens.mask, first=backbone.config.image_token_offset)
     return Draft.blank(branches, size[0] * size[1], vocabulary.mask), vocabulary
+
+
+def _redraw(
+    backbone: Backbone,
+    source: VQGrid,
+    grid: VQGrid,
+    masked: np.ndarray,
+    text: str,
+    seeing: Seeing,
+    guidance: float | None,
+    image_guidance: float,
+    rescale: float,
+    sampling: Sampling,
+    method: Method,
+    on_step: OnStep,
+) -> Drawing:
+    """Draw what is masked of ``grid``; ``source`` is what is seen of the picture before."""
+    size, tokens = (grid.height, grid.width), backbone.tokens
+    if seeing is Seeing.PICTURE:
+        request = prompts.edit(tokens, source, text, size)
+        guided = Guidance.editing(4.0 if guidance is None else guidance, image_guidance, rescale)
+    else:
+        request = prompts.text_to_image(tokens, text, *size)
+        guided = Guidance.simple(2.0 if guidance is None else guidance, rescale)
+    blank, vocabulary = _canvas(backbone, request.branches, size)
+    body = np.where(masked, vocabulary.mask, grid.codes + vocabulary.first).flatten().tolist()
+    check_length(len(request.conditional), len(body), backbone.config.max_position_embeddings)
+    options = {"sampling": sampling, "guidance": guided, "method": method, "on_step": on_step}
+    return _drawing(backbone, size, backbone.run(generate, replace(blank, body=tuple(body)), vocabulary, **options))
 
 
 def _drawing(backbone: Backbone, size: tuple[int, int], done: Generation) -> Drawing:

@@ -67,11 +67,12 @@ def to_mask(cells: Sequence[np.ndarray], pixels: int) -> torch.Tensor:
     return grids.repeat_interleave(pixels, dim=1).repeat_interleave(pixels, dim=2)
 
 
-def to_cells(mask: torch.Tensor | None, grids: Sequence[VQGrid]) -> list[np.ndarray | None]:
-    """A mask of any size -> the codes of each grid that it covers to at least half, as booleans [height, width]; None without a mask.
+def to_cells(mask: torch.Tensor | None, grids: Sequence[VQGrid], threshold: float = 0.5) -> list[np.ndarray | None]:
+    """A mask of any size -> the codes of each grid that it covers, as booleans [height, width]; None without a mask.
 
     Args:
         mask: [batch or 1, height, width], or one of them alone.
+        threshold: the part of a code that has to be covered at least.
 
     Raises:
         RequestError: the mask is empty, or for another number of grids.
@@ -84,4 +85,4 @@ def to_cells(mask: torch.Tensor | None, grids: Sequence[VQGrid]) -> list[np.ndar
         raise RequestError(
             f"A mask of shape {list(masks.shape)} does not fit {len(grids)} grids; give one for all, or one for each."
         )
-    return [cells(masks[min(index, len(masks) - 1)], *grid.codes.shape) for index, grid in enumerate(grids)]
+    return [cells(masks[min(index, len(masks) - 1)], *grid.codes.shape, threshold) for index, grid in enumerate(grids)]
