@@ -42,6 +42,7 @@ class Drawing:
         grids: a grid of codes for each picture.
         report: of all of them together.
         confidence: for each picture, the probability with which each code was accepted, float32 [height, width].
+        masked: which codes were drawn, bool [height, width], where others were kept; else None.
         reasoning: what the model wrote before it drew, where it was to think.
         warnings: sentences on what was not done as it was asked for.
     """
@@ -49,6 +50,7 @@ class Drawing:
     grids: tuple[VQGrid, ...]
     report: Report
     confidence: tuple[np.ndarray, ...]
+    masked: np.ndarray | None = None
     reasoning: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -140,8 +142,8 @@ def text_to_vq(
         tuple(drawing.grid for drawing in drawn),
         sum((drawing.report for drawing in drawn[1:]), drawn[0].report),
         tuple(confidence for drawing in drawn for confidence in drawing.confidence),
-        "\n\n".join(drawing.reasoning for drawing in drawn),
-        tuple(dict.fromkeys(warning for drawing in drawn for warning in drawing.warnings)),
+        reasoning="\n\n".join(drawing.reasoning for drawing in drawn),
+        warnings=tuple(dict.fromkeys(warning for drawing in drawn for warning in drawing.warnings)),
     )
 
 
@@ -214,7 +216,6 @@ def redraw(
         raise RequestError(f"A mask of {list(np.shape(masked))} codes does not fit {grid}.")
     if not np.any(masked):
         raise RequestError("The mask covers no code. Paint over what is to be redrawn.")
-    require_same(grid, backbone.checkpoint)
     return _redraw(
         backbone, grid, grid, masked, text, seeing, guidance, image_guidance, rescale, sampling, method, on_step
     )
@@ -249,7 +250,6 @@ def grow(
     """
     if min(left, top, right, bottom) < 0 or not left + top + right + bottom:
         raise RequestError("Nothing is to be added. Say how many codes the picture grows by on at least one side.")
-    require_same(grid, backbone.checkpoint)
     backbone.tokens.check_size(grid.height + top + bottom, grid.width + left + right)
     around = ((top, bottom), (left, right))
     larger = replace(grid, codes=np.pad(grid.codes, around))
@@ -381,6 +381,8 @@ def _redraw(
 ) -> Drawing:
     """Draw what is masked of ``grid``; ``source`` is what is seen of the picture before."""
     size, tokens = (grid.height, grid.width), backbone.tokens
+    prompts.require_codebook(tokens, source)
+    require_same(source, backbone.checkpoint)
     if seeing is Seeing.PICTURE:
         request = prompts.edit(tokens, source, text, size)
         guided = Guidance.editing(4.0 if guidance is None else guidance, image_guidance, rescale)
@@ -391,7 +393,8 @@ def _redraw(
     body = np.where(masked, vocabulary.mask, grid.codes + vocabulary.first).flatten().tolist()
     check_length(len(request.conditional), len(body), backbone.config.max_position_embeddings)
     options = {"sampling": sampling, "guidance": guided, "method": method, "on_step": on_step}
-    return _drawing(backbone, size, backbone.run(generate, replace(blank, body=tuple(body)), vocabulary, **options))
+    done = backbone.run(generate, replace(blank, body=tuple(body)), vocabulary, **options)
+    return replace(_drawing(backbone, size, done), masked=np.asarray(masked))
 
 
 def _drawing(backbone: Backbone, size: tuple[int, int], done: Generation) -> Drawing:

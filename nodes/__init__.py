@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .backbone import LoadLLaDA2Backbone
 from .generate import LLaDA2Edit, LLaDA2TextToVQ
 from .grids import GRID_NODES
+from .redraw import LLaDA2Grow, LLaDA2Redraw
 from .sprint import LLaDA2Sprint
 from .understand import LLaDA2Understand
 from .vq import SigLIPVQEncode, ZImageDecode
@@ -18,6 +19,8 @@ class LLaDA2Extension(ComfyExtension):
             LLaDA2TextToVQ,
             LLaDA2Understand,
             LLaDA2Edit,
+            LLaDA2Redraw,
+            LLaDA2Grow,
             LLaDA2Sprint,
             ZImageDecode,
             *GRID_NODES,
