@@ -117,3 +117,8 @@ def test_an_edit_says_that_it_ran_without_sprint(comfy: Comfy) -> None:
     assert [path.name[:5] for path in comfy.images(plain)] == [path.name[:5] for path in comfy.images(sprinting)]
     last = lambda run: Image.open(comfy.images(run)[-1]).tobytes()
     assert last(plain) == last(sprinting)
+
+
+def test_several_pictures_are_drawn_together(comfy: Comfy) -> None:
+    pictures = pixels(comfy, workflow("draw_several"))
+    assert len(pictures) == 4 and len(set(pictures)) == 4

@@ -33,7 +33,8 @@ DRAWN, EDITED = ({(Kind.CIRCLE, colour, Place.TOP_LEFT), STAR} for colour in (Co
 ANSWER = "A red circle in the top left and a blue star in the bottom right, on a plain white background."
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
-OTHERS = {"codes_as_things"}  # run by tests of their own, because they show something else
+# run by tests of their own, because they show something else
+OTHERS = {"codes_as_things", "draw_several", "grow_a_picture", "redraw_a_part", "redraw_the_least_certain"}
 
 
 @pytest.mark.parametrize("name", NODES)
