@@ -202,7 +202,8 @@ def _drawn(backbone, vq, masks, text, seeing, draw, guidance, rescale, seed, **h
     drawings = []
     for index, (grid, mask) in enumerate(zip(vq, masks, strict=True)):
         sampling, on_step = Sampling(seed=picture_seed(seed, index), **how), host.progress(index, len(vq))
-        drawings.append(draw(grid, mask, sampling=sampling, on_step=on_step, **common))
+        shown = {"on_step": on_step, "on_codes": host.appearing(backbone.source, on_step)}
+        drawings.append(draw(grid, mask, sampling=sampling, **shown, **common))
     host.warn(None if seen else backbone.checkpoint.image_sizes.doubt_grid("drawing", drawings[0].grid))
     return io.NodeOutput(
         host.named(backbone.source, [drawing.grid for drawing in drawings]),
