@@ -120,9 +120,8 @@ def tell(
             announced = teller.pictures
             if on_picture:
                 on_picture(announced, teller.parts[-1])
-        so_far = readable(backbone, progress.generated) if progress.phase == teller.writing else ""
-        if on_text and (shown := to_markdown([*teller.parts, so_far])):
-            on_text(shown)
+        if on_text:
+            on_text(to_markdown([*teller.parts, teller.readable(progress.generated)]))
 
     backbone.run(teller.job, on_step=step)
     if not teller.parts:
@@ -153,7 +152,7 @@ class _Teller:
         sampling: tuple[Sampling, Sampling],
     ):
         self.tokens, self.config, self.origin = backbone.tokens, backbone.config, origin(backbone.checkpoint)
-        self._readable = lambda ids: readable(backbone, tuple(id for id in ids if id != backbone.tokens.mask)).strip()
+        self.backbone = backbone
         self.most_pictures, self.most_codes, self.text_left = limits
         self.guidance, self.sampling = guidance, sampling
         self.parts: list[Part] = []
@@ -175,7 +174,7 @@ class _Teller:
             while True:
                 written = yield from self._write(network)
                 text, size, warning = self._read(written)
-                if shown := self._readable(text):
+                if shown := self.readable(id for id in text if id != self.tokens.mask).strip():
                     self.parts.append(shown)
                 if warning is not None:
                     self.warnings.append(warning)
@@ -187,6 +186,11 @@ class _Teller:
                 yield Progress(f"picture {self.pictures} is finished", 1, 1)
         finally:
             self.session = None  # on MLX's own thread
+
+    def readable(self, ids: Iterable[int]) -> str:
+        """What ids show of a text: of codes, and of what comes behind a ``<boi>``, nothing."""
+        ids = tuple(ids)
+        return readable(self.backbone, ids[: ids.index(self.tokens.boi)] if self.tokens.boi in ids else ids)
 
     @property
     def _room(self) -> int:
@@ -271,7 +275,7 @@ def to_markdown(parts: Iterable[Part]) -> str:
     for part in parts:
         if isinstance(part, VQGrid):
             pictures += 1
-            pieces.append(f"![picture {pictures}]({picture_name(pictures)})")
+            pieces.append(picture_link(pictures))
         elif part:
             pieces.append(part)
     return "\n\n".join(pieces)
@@ -293,6 +297,11 @@ def to_html(parts: Iterable[Part], title: str) -> str:
         f"<title>{escape(title)}</title><style>{style}</style>"
     )
     return "\n".join(["<!doctype html>", head, f"<h1>{escape(title)}</h1>", *body, ""])
+
+
+def picture_link(number: int) -> str:
+    """What stands for picture ``number``, counted from 1, in Markdown."""
+    return f"![picture {number}]({picture_name(number)})"
 
 
 def picture_name(number: int, suffix: str = ".png") -> str:

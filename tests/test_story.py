@@ -122,8 +122,10 @@ def test_what_a_callback_raises_ends_the_work(told, script: list[int]) -> None:
 
 
 def test_a_story_without_a_header_ends_with_its_text(told, tokens: Tokens) -> None:
-    story = told(*tokens.encode(ONE), tokens.boi, *picture(tokens, 8, 8, 5))
+    texts: list[str] = []
+    story = told(*tokens.encode(ONE), tokens.boi, *tokens.encode(TWO), tokens.end, on_text=texts.append)
     assert story.parts == (ONE,)
+    assert {text.rstrip("…") for text in texts if ONE in text} == {ONE}  # what stands behind is not even shown
     assert story.warnings == ("The story ends where the model began a picture without stating its size.",)
 
 
