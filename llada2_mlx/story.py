@@ -20,7 +20,7 @@ from .progress import OnStep, Progress, ignore
 from .tasks import readable
 from .vq import VQGrid, picture_seed
 
-MOST_PICTURES = 64  # in a story
+MOST_PICTURES = 64
 # A text or a picture of a story.
 Part = str | VQGrid
 

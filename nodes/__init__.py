@@ -6,6 +6,7 @@ from .backbone import LoadLLaDA2Backbone
 from .generate import LLaDA2Edit, LLaDA2TextToVQ
 from .grids import GRID_NODES
 from .sprint import LLaDA2Sprint
+from .story import LLaDA2Story
 from .understand import LLaDA2Understand
 from .vq import SigLIPVQEncode, ZImageDecode
 
@@ -18,6 +19,7 @@ class LLaDA2Extension(ComfyExtension):
             LLaDA2TextToVQ,
             LLaDA2Understand,
             LLaDA2Edit,
+            LLaDA2Story,
             LLaDA2Sprint,
             ZImageDecode,
             *GRID_NODES,
