@@ -49,6 +49,7 @@ FLOORS = (
     {"backbone", "imaging"},
     {"prompts"},
     {"tasks"},
+    {"story"},
     {"shapes"},
     {"cli"},
 )

@@ -13,7 +13,7 @@ from .folders import (
     model_of_codes,
     named,
 )
-from .graph import check_codes, check_one_codebook, given
+from .graph import check_codes, check_one_codebook, given, listed
 from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
 from .preview import appearing
@@ -40,6 +40,7 @@ __all__ = [
     "grid_fingerprint",
     "grid_names",
     "image_part",
+    "listed",
     "load_grid",
     "missing_packages",
     "model_names",
