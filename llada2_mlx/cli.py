@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, prompts
-from .checkpoint.codebook import require_same
+from .checkpoint.codebook import doubt, require_same
 from .checkpoint.config import PRECISIONS
 from .checkpoint.hub import is_id
 from .checkpoint.layout import ABSENT, BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve, told
@@ -19,7 +19,7 @@ from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
 from .progress import Progress
-from .vq import VQGrid
+from .vq import GridSet, Pictures, VQGrid, grids_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +34,12 @@ SAMPLERS = {"ode": "ODE", "published": "as published"}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
 PARTS = {part.word: part for part in Part}
 ALL_TASKS = [name for name, part in PARTS.items() if part is not Part.DECODER]  # the turbo decoder is the default
-PURPOSES = {"understand": "understand", "edit": "edit", "edit-published": "edit as published"}
+PURPOSES = {
+    "understand": "understand",
+    "understand-with-others": "understand with others",
+    "edit": "edit",
+    "edit-published": "edit as published",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,33 +80,33 @@ def t2i(a: argparse.Namespace) -> None:
 
 
 def understand(a: argparse.Namespace) -> None:
-    """Answer a question about a picture."""
+    """Answer a question about a picture, or about several."""
     from . import tasks
 
     prompts.require_text(a.question, "question")
     checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER)
     sampling, backbone = _sampling(a), _backbone(a, checkpoint)
-    grid = _encode(a, checkpoint, "understand")
+    pictures = _encode(a, checkpoint, "understand-with-others" if a.others else "understand", a.image, *a.others)
     _warn(backbone.tokens.doubt(a.question))
     with _Bars() as on_step:
-        answer = tasks.understand(backbone, grid, a.question, a.max_new_tokens, sampling, on_step=on_step)
+        answer = tasks.understand(backbone, pictures, a.question, a.max_new_tokens, sampling, on_step=on_step)
     print(answer.text)
     _tell(answer.report)
 
 
 def edit(a: argparse.Namespace) -> None:
-    """Change a picture as an instruction says."""
+    """Change a picture as an instruction says, which may refer to other pictures."""
     from . import tasks
 
     prompts.require_text(a.instruction, "instruction")
     _writable(a.output, ".png")
     checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
     options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
-    grid = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit")
+    pictures = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit", *a.others, a.image)
     _warn(backbone.tokens.doubt(a.instruction))
     with _Bars() as on_step:
         guided = {"text_guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
-        drawing = tasks.edit(backbone, grid, a.instruction, **guided, sampling=sampling, on_step=on_step)
+        drawing = tasks.edit(backbone, pictures, a.instruction, **guided, sampling=sampling, on_step=on_step)
     backbone.unload()  # makes room for the decoder
     _decode(a, checkpoint, drawing.grid, options)
     _tell(drawing.report)
@@ -110,7 +115,7 @@ def edit(a: argparse.Namespace) -> None:
 def encode(a: argparse.Namespace) -> None:
     """Turn a picture into codes."""
     _writable(a.output, ".safetensors")
-    grid = _encode(a, _resolve(a, Part.IMAGE_TOKENIZER), a.purpose)
+    (grid,) = grids_of(_encode(a, _resolve(a, Part.IMAGE_TOKENIZER), a.purpose, a.image))
     grid.save(a.output)
     print(f"{a.output}: {grid}")
 
@@ -222,14 +227,17 @@ def _backbone(a: argparse.Namespace, checkpoint: Checkpoint) -> Backbone:
     return backbone
 
 
-def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str) -> VQGrid:
+def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str, *paths: str) -> Pictures:
+    """The picture as codes, or a set of several in their order."""
     from .imaging import load_part
     from .imaging.prepare import Purpose, use_of
 
-    image, wanted = _open(a.image), Purpose(PURPOSES[purpose])
-    grid = load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a)).encode(image, wanted, a.size)
-    _warn(checkpoint.image_sizes.doubt_grid(use_of(wanted), grid))
-    return grid
+    images, wanted = [_open(path) for path in paths], Purpose(PURPOSES[purpose])
+    tokenizer = load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a))
+    grids = [tokenizer.encode(image, wanted, a.size) for image in images]
+    pictures = GridSet(tuple(grids)) if len(grids) > 1 else grids[0]
+    _warn(doubt(pictures, checkpoint, use_of(wanted)))
+    return pictures
 
 
 def _warn(doubt: str | None) -> None:
@@ -252,6 +260,7 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options
     # names, not folders: the picture may be shown to others
     local = ("model", "image", "codes", "output")
     parameters |= {key: _name(parameters[key]) for key in local if key in parameters}
+    parameters |= {"others": [_name(path) for path in parameters["others"]]} if "others" in parameters else {}
     parameters |= {"decoder_steps": options.steps, "version": __version__}
     metadata = PngInfo()
     metadata.add_itxt("parameters", json.dumps(parameters, default=str, ensure_ascii=False))
@@ -392,6 +401,17 @@ def _parser() -> argparse.ArgumentParser:
         help="side in pixels of a square about as large as the encoded picture; 0: the model's own",
     )
 
+    with_others = argparse.ArgumentParser(add_help=False)
+    with_others.add_argument(
+        "--with",
+        dest="others",
+        metavar="IMAGE",
+        action="append",
+        default=[],
+        help="another picture; may be given several times. In a question they follow the first picture, in an edit they stand before the "
+        "picture that is changed",
+    )
+
     p = add(t2i, sampling, guided, decoding)
     p.add_argument("prompt")
     p.add_argument("--width", type=int, default=0, help="pixels; 0: the model's own")
@@ -399,13 +419,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--guidance", type=float, default=2.0, help="1: none")
     p.add_argument("--codes", help="also write the codes to this .safetensors file")
 
-    p = add(understand, sampling, encoding)
+    p = add(understand, sampling, encoding, with_others)
     p.add_argument("image")
     p.add_argument("question")
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048)
 
-    p = add(edit, sampling, guided, decoding, encoding)
+    p = add(edit, sampling, guided, decoding, encoding, with_others)
     p.add_argument("image")
     p.add_argument("instruction")
     p.add_argument("--guidance", type=float, default=4.0, help="of the text")

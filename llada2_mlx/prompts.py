@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .errors import RequestError
 from .tokens import Tokens
-from .vq import VQGrid
+from .vq import Pictures, VQGrid, grids_of
 
 _HUMAN = "<role>HUMAN</role>"
 _ASSISTANT = "<role>ASSISTANT</role>"
@@ -47,14 +47,20 @@ def text_to_image(tokens: Tokens, prompt: str, height: int, width: int) -> Promp
     return Prompt((ask(prompt), ask(_UNCONDITION)))
 
 
-def understand(tokens: Tokens, grid: VQGrid, question: str) -> Prompt:
-    """One branch: the picture, then the question; no system text and no roles."""
-    return Prompt(([*_picture(tokens, grid), *written(tokens, question)],))
+def understand(tokens: Tokens, pictures: Pictures, question: str) -> Prompt:
+    """One branch: the picture, or several one after the other, then the question; no system text and no roles."""
+    return Prompt(([*blocks(tokens, pictures), *written(tokens, question)],))
 
 
-def edit(tokens: Tokens, grid: VQGrid, instruction: str) -> Prompt:
-    """Branches: conditional, without the instruction, without the picture. The result has the picture's size."""
-    picture, header = _picture(tokens, grid), tokens.header(grid.height, grid.width)
+def edit(tokens: Tokens, pictures: Pictures, instruction: str) -> Prompt:
+    """Branches: conditional, without the instruction, without the picture. The result has the picture's size.
+
+    Of several pictures the last is the one to be changed, and those before it are references, each an image block of its
+    own. "Without the picture" is without all of them, one ``<|image|>`` alone: the branch that the model knows from
+    editing one picture, and what it says of a picture when it sees none.
+    """
+    grid = grids_of(pictures)[-1]
+    picture, header = blocks(tokens, pictures), tokens.header(grid.height, grid.width)
     ask = lambda source, text: [
         *tokens.encode(_EDIT),
         *source,
@@ -108,6 +114,15 @@ def _unseen(character: str) -> bool:
 def side_or_own(side: int) -> int:
     """A side as a widget gives it, which starts at 0 and steps up: below the smallest it is 0, the model's own."""
     return 0 if 0 <= side < SMALLEST_SIDE and side % SIDE_STEP == 0 else side
+
+
+def blocks(tokens: Tokens, pictures: Pictures) -> list[int]:
+    """Ids of pictures as image blocks, one after the other: header, codes, ``<|/image|>``.
+
+    Raises:
+        RequestError: a grid is of another model, or has no size token.
+    """
+    return [token for grid in grids_of(pictures) for token in _picture(tokens, grid)]
 
 
 def _picture(tokens: Tokens, grid: VQGrid) -> list[int]:

@@ -17,7 +17,7 @@ from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
 from .tokens import Tokens
-from .vq import VQGrid
+from .vq import Pictures, VQGrid, grids_of
 
 # What bytes that are no whole character are read as.
 HALF = "\N{REPLACEMENT CHARACTER}"
@@ -73,7 +73,7 @@ def text_to_vq(
 
 def edit(
     backbone: Backbone,
-    grid: VQGrid,
+    pictures: Pictures,
     instruction: str,
     text_guidance: float = 4.0,
     image_guidance: float = 0.0,
@@ -82,25 +82,27 @@ def edit(
     method: Method = Method.CACHED,
     on_step: OnStep = ignore,
 ) -> Drawing:
-    """Draw a picture anew, changed as the instruction says. The result has the size of ``grid``.
+    """Draw a picture anew, changed as the instruction says. The result has its size.
 
     Args:
-        grid: the picture as codes, prepared for editing.
+        pictures: the picture as codes, prepared for editing; or a set, whose last picture is the one to be changed, and
+            the others are what the instruction refers to, of any sizes.
         text_guidance, image_guidance: how strongly to follow the instruction, and to keep to the picture.
         sampling, method: how tokens are chosen, and how the network is run.
 
     Raises:
         RequestError: the grid is of another model or has no size token, or the request is too long.
     """
-    request = prompts.edit(backbone.tokens, grid, instruction)
-    require_same(grid, backbone.checkpoint)
-    guidance = Guidance.editing(text_guidance, image_guidance, rescale)
+    request = prompts.edit(backbone.tokens, pictures, instruction)
+    _require_same(pictures, backbone)
+    guidance, grid = Guidance.editing(text_guidance, image_guidance, rescale), grids_of(pictures)[-1]
+    check_room(backbone, len(request.conditional), grid.height * grid.width, pictures)
     return _draw(backbone, request, grid.height, grid.width, guidance, sampling, method, on_step)
 
 
 def understand(
     backbone: Backbone,
-    grid: VQGrid,
+    pictures: Pictures,
     question: str,
     max_new_tokens: int = 2048,
     sampling: Sampling = Sampling(steps=32),
@@ -108,10 +110,10 @@ def understand(
     on_step: OnStep = ignore,
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Answer a question about a picture.
+    """Answer a question about a picture, or about several together.
 
     Args:
-        grid: the picture as codes, prepared for understanding.
+        pictures: the picture as codes, prepared for understanding; or a set, which the question can count in its order.
         max_new_tokens: the answer's length at most.
         on_text: called after each step with the answer so far; a stretch not yet denoised reads "…".
         sampling, method: how tokens are chosen, and how the network is run.
@@ -120,9 +122,9 @@ def understand(
         RequestError: the grid is of another model or has no size token, or the request is too long.
     """
     tokens = backbone.tokens
-    request = prompts.understand(tokens, grid, question)
-    require_same(grid, backbone.checkpoint)
-    check_length(len(request.conditional), max_new_tokens, backbone.config.max_position_embeddings)
+    request = prompts.understand(tokens, pictures, question)
+    _require_same(pictures, backbone)
+    check_room(backbone, len(request.conditional), max_new_tokens, pictures)
 
     def step(progress: Progress) -> None:
         on_step(progress)
@@ -152,6 +154,24 @@ def grid_size(backbone: Backbone, width: int, height: int) -> tuple[int, int]:
     return rows, columns
 
 
+def check_room(backbone: Backbone, prompt: int, length: int, *pictures: Pictures) -> None:
+    """Raise ``RequestError`` if a prompt with pictures, and what is asked for, are longer than the model allows.
+
+    Args:
+        prompt, length: in tokens; pictures and all.
+    """
+    grids = [grid for each in pictures for grid in grids_of(each)]
+    try:
+        check_length(prompt, length, backbone.config.max_position_embeddings)
+    except RequestError as error:
+        if len(grids) < 2:
+            raise
+        codes = sum(grid.codes.size for grid in grids)
+        raise RequestError(
+            f"{error} The {len(grids)} pictures alone have {codes} codes: take fewer of them, or encode them smaller."
+        ) from None
+
+
 def readable(backbone: Backbone, ids: tuple[int, ...]) -> str:
     """The text of an answer that is still being denoised, up to its end token.
 
@@ -171,6 +191,11 @@ def readable(backbone: Backbone, ids: tuple[int, ...]) -> str:
         elif text:
             pieces.append(text)
     return "".join("…" if piece is None else piece for piece in pieces)
+
+
+def _require_same(pictures: Pictures, backbone: Backbone) -> None:
+    for grid in grids_of(pictures):
+        require_same(grid, backbone.checkpoint)
 
 
 def _whole(tokens: Tokens, ids: list[int]) -> str:

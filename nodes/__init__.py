@@ -5,9 +5,17 @@ from comfy_api.latest import ComfyExtension, io
 from .backbone import LoadLLaDA2Backbone
 from .generate import LLaDA2Edit, LLaDA2TextToVQ
 from .understand import LLaDA2Understand
-from .vq import SigLIPVQEncode, ZImageDecode
+from .vq import LLaDA2JoinVQ, SigLIPVQEncode, ZImageDecode
 
 
 class LLaDA2Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadLLaDA2Backbone, SigLIPVQEncode, LLaDA2TextToVQ, LLaDA2Understand, LLaDA2Edit, ZImageDecode]
+        return [
+            LoadLLaDA2Backbone,
+            SigLIPVQEncode,
+            LLaDA2JoinVQ,
+            LLaDA2TextToVQ,
+            LLaDA2Understand,
+            LLaDA2Edit,
+            ZImageDecode,
+        ]

@@ -13,15 +13,16 @@ from .folders import (
     model_of_codes,
     named,
 )
-from .graph import check_codes
+from .graph import JOIN, check_codes
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
-from .progress import explains, pictures, progress, progress_text, tell, warn
+from .progress import explains, progress, progress_text, readings, tell, warn
 from .validation import refusal
 
 __all__ = [
     "BACKBONES",
     "BUILT_IN",
     "CODES",
+    "JOIN",
     "ManagedBackbone",
     "ManagedPart",
     "backbone",
@@ -36,9 +37,9 @@ __all__ = [
     "model_of_backbone",
     "model_of_codes",
     "named",
-    "pictures",
     "progress",
     "progress_text",
+    "readings",
     "refusal",
     "repair_hint",
     "tell",

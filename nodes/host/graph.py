@@ -17,17 +17,20 @@ from .folders import CODES, checkpoint, model_names
 if TYPE_CHECKING:
     from comfy_execution.graph import DynamicPrompt
 
+JOIN = "LLaDA2JoinVQ"  # the node whose every input is used
 
-def models_behind(graph: DynamicPrompt | None, name: str) -> list[str]:
-    """The models whose codes or backbone can come over the link ``name`` of the running node.
 
-    Several where a node of somebody else's chooses between links; none where the graph does not say.
+def models_behind(graph: DynamicPrompt | None, name: str) -> list[list[str]]:
+    """The models whose codes or backbone can come over the link ``name`` of the running node, a list for each picture.
+
+    A list has several where a node of somebody else's chooses between links, and none where the graph does not say.
     """
     context = get_executing_context()
     if graph is None or context is None:
-        return []
-    inputs = graph.get_node(context.node_id)["inputs"]
-    return list(dict.fromkeys(_models(graph, inputs.get(name), model_names(), set())))
+        return [[]]
+    link = graph.get_node(context.node_id)["inputs"].get(name)
+    names, links = model_names(), list(_joined(graph, link)) if name == "vq" else [link]
+    return [list(dict.fromkeys(_models(graph, each, names, set()))) for each in links]
 
 
 def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkpoint], object] | None = None) -> None:
@@ -42,18 +45,27 @@ def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkp
     Raises:
         LLaDA2Error: what ``check`` raises, or the model has another codebook than every one that the codes can be of.
     """
-    makers = models_behind(graph, "vq")
-    used = makers if model == CODES else [model]
-    if HUB_MODEL in (*used, *makers):
-        return
-    if check is not None:
-        _require_any(lambda own=own: check(checkpoint(own)) for own in used)
-    if model != CODES:
-        _require_any(partial(_check_pair, maker, model) for maker in makers)
+    for makers in models_behind(graph, "vq"):
+        used = makers if model == CODES else [model]
+        if HUB_MODEL in (*used, *makers):
+            continue
+        if check is not None:
+            _require_any(lambda own=own: check(checkpoint(own)) for own in used)
+        if model != CODES:
+            _require_any(partial(_check_pair, maker, model) for maker in makers)
 
 
 def _check_pair(maker: str, model: str) -> None:
     require_one_codebook(origin(checkpoint(maker), maker), checkpoint(model))
+
+
+def _joined(graph: DynamicPrompt, link: Any) -> Iterator[Any]:
+    """The links behind a link to a node that joins pictures, all of which come over it; any other link is itself."""
+    if is_link(link) and graph.has_node(link[0]) and graph.get_node(link[0])["class_type"] == JOIN:
+        for each in graph.get_node(link[0])["inputs"].values():
+            yield from _joined(graph, each)
+    else:
+        yield link
 
 
 def _models(graph: DynamicPrompt, link: Any, names: list[str], seen: set[str]) -> Iterator[str]:
