@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,14 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.command(arguments)
+        return arguments.command(arguments) or 0
     except (LLaDA2Error, OSError) as error:
         print(f"llada2-mlx: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("llada2-mlx: stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def t2i(a: argparse.Namespace) -> None:
@@ -86,12 +86,42 @@ def understand(a: argparse.Namespace) -> None:
     prompts.require_text(a.question, "question")
     checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER)
     sampling, backbone = _sampling(a), _backbone(a, checkpoint)
-    pictures = _encode(a, checkpoint, "understand-with-others" if a.others else "understand", a.image, *a.others)
+    paths = [a.image, *a.others]
+    pictures = _encode(a, checkpoint, _understanding(paths), *paths)
     _warn(backbone.tokens.doubt(a.question))
     with _Bars() as on_step:
         answer = tasks.understand(backbone, pictures, a.question, a.max_new_tokens, sampling, on_step=on_step)
     print(answer.text)
     _tell(answer.report)
+
+
+def chat(a: argparse.Namespace) -> int:
+    """Talk with the model, also about pictures; /help says how."""
+    from .chat import Conversation
+    from .terminal import Terminal
+
+    images = [_open(path) for path in a.image]
+    checkpoint = _resolve(a, Part.BACKBONE)
+    sampling, backbone, interactive = _sampling(a), _backbone(a, checkpoint), sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  input() then has lines that can be edited and called again
+    terminal = Terminal(
+        backbone,
+        _open,
+        lambda images: _codes(a, _resolve(a, Part.IMAGE_TOKENIZER), _understanding(images), images),
+        lambda: _Bars(hidden=frozenset({"denoising"})),
+        Conversation(a.system),
+        sampling,
+        a.max_new_tokens,
+        interactive,
+        images=images,
+    )
+    if checkpoint.world:
+        _warn(
+            f"{checkpoint.root.name} is a toy that knows {checkpoint.world}, and has not learned to talk: its answers mean nothing."
+        )
+    terminal.run()
+    return 1 if terminal.failures else 0
 
 
 def edit(a: argparse.Namespace) -> None:
@@ -187,7 +217,14 @@ def convert(a: argparse.Namespace) -> None:
 
 
 class _Bars:
-    """Progress bars, one a phase: an ``OnStep`` to use in a ``with`` block."""
+    """Progress bars, one a phase: an ``OnStep`` to use in a ``with`` block.
+
+    Args:
+        hidden: phases that show none.
+    """
+
+    def __init__(self, hidden: frozenset[str] = frozenset()):
+        self.hidden = hidden
 
     def __enter__(self) -> _Bars:
         self.phase, self.bar = None, None
@@ -198,7 +235,10 @@ class _Bars:
 
         if self.phase != progress.phase:
             self._close()
-            self.phase = progress.phase
+            self.phase, self.bar = progress.phase, None
+        if progress.phase in self.hidden:
+            return
+        if self.bar is None:
             unit = {"unit": "B", "unit_scale": True} if progress.in_bytes else {}
             self.bar = tqdm(total=progress.total, desc=progress.phase, leave=False, disable=None, **unit)
         self.bar.total = progress.total
@@ -229,15 +269,24 @@ def _backbone(a: argparse.Namespace, checkpoint: Checkpoint) -> Backbone:
 
 def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str, *paths: str) -> Pictures:
     """The picture as codes, or a set of several in their order."""
+    return _codes(a, checkpoint, purpose, [_open(path) for path in paths])
+
+
+def _codes(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str, images: Sequence[Image.Image]) -> Pictures:
     from .imaging import load_part
     from .imaging.prepare import Purpose, use_of
 
-    images, wanted = [_open(path) for path in paths], Purpose(PURPOSES[purpose])
+    wanted = Purpose(PURPOSES[purpose])
     tokenizer = load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a))
     grids = [tokenizer.encode(image, wanted, a.size) for image in images]
     pictures = GridSet(tuple(grids)) if len(grids) > 1 else grids[0]
     _warn(doubt(pictures, checkpoint, use_of(wanted)))
     return pictures
+
+
+def _understanding(pictures: Sequence) -> str:
+    """The purpose of pictures that are asked about together."""
+    return "understand-with-others" if len(pictures) > 1 else "understand"
 
 
 def _warn(doubt: str | None) -> None:
@@ -424,6 +473,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("question")
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048)
+
+    p = add(chat, sampling, encoding)
+    p.add_argument(
+        "--system", default="", help="what the model is told of its part; what it was trained with if left out"
+    )
+    p.add_argument(
+        "--image", action="append", default=[], help="shown with what you say first; may be given several times"
+    )
+    p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
+    p.add_argument("--max-new-tokens", type=int, default=2048, help="of an answer")
 
     p = add(edit, sampling, guided, decoding, encoding, with_others)
     p.add_argument("image")
