@@ -124,6 +124,8 @@ class Terminal:
             raise
         written.grow(answer.text)
         written.end(line=True)
+        if not answer.text:
+            _tell("(the model ended its answer before the first word)")
         self.conversation = answer.conversation
 
 

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .backbone import LoadLLaDA2Backbone
+from .chat import LLaDA2Chat
 from .generate import LLaDA2Edit, LLaDA2TextToVQ
 from .understand import LLaDA2Understand
 from .vq import LLaDA2JoinVQ, SigLIPVQEncode, ZImageDecode
@@ -16,6 +17,7 @@ class LLaDA2Extension(ComfyExtension):
             LLaDA2JoinVQ,
             LLaDA2TextToVQ,
             LLaDA2Understand,
+            LLaDA2Chat,
             LLaDA2Edit,
             ZImageDecode,
         ]

@@ -12,6 +12,9 @@ VQSocket = io.Custom("LLADA2_VQ")
 # Pictures that are read together: a ``llada2_mlx.vq.GridSet``. A socket of its own, because a set cannot be decoded.
 VQSetSocket = io.Custom("LLADA2_VQ_SET")
 
+# A ``llada2_mlx.chat.Conversation``, which never changes.
+ChatSocket = io.Custom("LLADA2_CHAT")
+
 # How many inputs for pictures LLaDA2JoinVQ can grow; each takes a batch.
 MOST_JOINED = 32
 

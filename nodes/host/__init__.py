@@ -13,7 +13,7 @@ from .folders import (
     model_of_codes,
     named,
 )
-from .graph import JOIN, check_codes
+from .graph import JOIN, check_codes, is_linked
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
 from .progress import explains, progress, progress_text, readings, tell, warn
 from .validation import refusal
@@ -32,6 +32,7 @@ __all__ = [
     "explains",
     "fingerprint",
     "image_part",
+    "is_linked",
     "missing_packages",
     "model_names",
     "model_of_backbone",

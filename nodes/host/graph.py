@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 JOIN = "LLaDA2JoinVQ"  # the node whose every input is used
 
 
+def is_linked(graph: DynamicPrompt | None, name: str) -> bool:
+    """Whether the running node has a link to its input ``name``."""
+    context = get_executing_context()
+    return bool(graph and context and is_link(graph.get_node(context.node_id)["inputs"].get(name)))
+
+
 def models_behind(graph: DynamicPrompt | None, name: str) -> list[list[str]]:
     """The models whose codes or backbone can come over the link ``name`` of the running node, a list for each picture.
 

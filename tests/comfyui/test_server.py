@@ -19,7 +19,7 @@ from llada2_mlx.shapes.world import Colour, Kind, Place
 
 NODES = [
     *("LoadLLaDA2Backbone", "SigLIPVQEncode", "LLaDA2JoinVQ", "LLaDA2TextToVQ", "LLaDA2Understand", "LLaDA2Edit"),
-    "ZImageDecode",
+    *("LLaDA2Chat", "ZImageDecode"),
 ]
 # what the shipped prompts ask for, as the detector reads it
 STAR = (Kind.STAR, Colour.BLUE, Place.BOTTOM_RIGHT)
@@ -240,8 +240,11 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
                 assert value in (kind if isinstance(kind, list) else options["options"])
             if options.get("control_after_generate"):
                 varied.append(values.pop(0))
-        for key in set(linked) & set(kinds.get("optional", {})):
-            inputs[key] = linked.pop(key)
+        for key, (kind, *_) in kinds.get("optional", {}).items():
+            if key in linked:
+                inputs[key] = linked.pop(key)
+            elif values and kind in ("STRING", "INT"):
+                inputs[key] = values.pop(0)
         assert not linked
         if node["type"] != "PreviewAny":  # keeps what it showed
             assert not values
