@@ -111,9 +111,9 @@ class Tokens:
 
     @cached_property
     def _controls(self) -> re.Pattern:
-        """Any added token, the longest first; split at it, a text keeps it as a piece."""
-        added = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, added))})")
+        """Any added token but the image codes, the longest first; split at it, a text keeps it as a piece."""
+        added = [word for word, number in self._tokenizer.get_added_vocab().items() if number < self.image_offset]
+        return re.compile(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})")
 
     def around(self, roles: Sequence[str]) -> list[str] | None:
         """What the tokenizer's own chat template writes around messages, up to where an answer is to begin.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -161,12 +162,11 @@ class GridSet:
         object.__setattr__(self, "grids", tuple(self.grids))
         if not self.grids:
             raise RequestError("The set holds no picture. Connect one at least.")
-        first = self.grids[0]
-        for number, grid in enumerate(self.grids[1:], 2):
-            if grid.codebook_size != first.codebook_size or not first.origin.may_equal(grid.origin):
+        for (at, one), (number, other) in combinations(enumerate(self.grids, 1), 2):
+            if one.codebook_size != other.codebook_size or not one.origin.may_equal(other.origin):
                 raise RequestError(
-                    f"The pictures of a set have to be codes of one model: the first is of {_model_of(first)}, "
-                    f"picture {number} of {_model_of(grid)}. Encode all of them with the same model."
+                    f"The pictures of a set have to be codes of one model: picture {at} is of {_model_of(one)}, "
+                    f"picture {number} of {_model_of(other)}. Encode all of them with the same model."
                 )
 
     def __len__(self) -> int:

@@ -55,12 +55,14 @@ def test_no_picture_is_no_set() -> None:
 
 def test_pictures_of_two_models_are_no_set() -> None:
     with pytest.raises(
-        RequestError, match="the first is of a model with 256 codes, picture 3 of a model with 512 codes"
+        RequestError, match="picture 1 is of a model with 256 codes, picture 3 of a model with 512 codes"
     ):
         GridSet((SMALL, WIDE, grid(8, 8, codebook=512)))
     one, other = Origin("one", vectors="a", table="t"), Origin("other", vectors="b", table="t")
-    with pytest.raises(RequestError, match="the first is of one, picture 2 of other. Encode all of them with the same"):
+    with pytest.raises(RequestError, match="picture 1 is of one, picture 2 of other. Encode all of them with the same"):
         GridSet((replace(SMALL, origin=one), replace(WIDE, origin=other)))
+    with pytest.raises(RequestError, match="picture 2 is of one, picture 3 of other"):  # whatever the first is of
+        GridSet((SMALL, replace(SMALL, origin=one), replace(WIDE, origin=other)))
     # a copy of a model under another name, and codes that do not say
     GridSet((replace(SMALL, origin=one), replace(WIDE, origin=replace(one, model="copy")), TALL))
 

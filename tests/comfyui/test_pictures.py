@@ -128,7 +128,7 @@ def test_a_set_of_two_models_is_refused_where_it_is_joined(comfy: Comfy) -> None
     prompt["11"]["inputs"]["model"] = "golden"
     prompt["3"] = {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}}
     said = failed(comfy.run(prompt), "2")
-    assert "the first is of Shapes (built in), picture 2 of golden. Encode all of them with the same model." in said
+    assert "picture 1 is of Shapes (built in), picture 2 of golden. Encode all of them with the same model." in said
 
 
 def test_a_size_or_a_purpose_that_does_not_fit_is_warned_of_in_a_set_too(comfy: Comfy) -> None:
