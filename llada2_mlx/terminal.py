@@ -81,6 +81,8 @@ class Terminal:
             except (LLaDA2Error, OSError) as error:
                 self.failures += 1
                 _tell(f"llada2-mlx: {error}")
+            except KeyboardInterrupt:
+                _tell("\n(stopped)")
 
     def _command(self, name: str, rest: str = "") -> None:
         rest = rest.strip()

@@ -17,11 +17,11 @@ from llada2_mlx.backbone.acceptance import Sampling
 from llada2_mlx.backbone.denoising import Method
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.chat import KEPT, Conversation, Reply, answered, reply, settled
-from llada2_mlx.checkpoint.layout import Checkpoint
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.errors import CheckpointError, RequestError
 from llada2_mlx.progress import Progress
 from llada2_mlx.prompts import Turn
-from llada2_mlx.tokens import Tokens
+from llada2_mlx.tokens import Tokens, UserText
 from llada2_mlx.vq import GridSet, Origin, VQGrid
 
 # nothing is accepted early, so that positions can be counted
@@ -116,6 +116,16 @@ def test_without_a_template_text_has_the_form_of_pictures(plain: Backbone) -> No
         "<role>SYSTEM</role> You are a multimodal understanding assistant. <role>HUMAN</role>Who?<role>ASSISTANT</role>"
     )
     assert ids == tokens.encode(written)
+
+
+def test_parts_are_read_as_one_text() -> None:
+    """What stands between two control tokens has the ids that it has as a whole: " red" is one, " " and "red" are two."""
+    tokens = Tokens(Checkpoint(BUILT_IN))
+    parts = ["<role>HUMAN</role>A ", UserText("red"), " circle<boi>", [7], UserText("in "), UserText("the"), " top"]
+    whole = tokens.encode("<role>HUMAN</role>A red circle<boi>")
+    assert tokens.encode_parts(parts) == [*whole, 7, *tokens.encode("in the top")]
+    assert len(whole) < sum(len(tokens.encode(part)) for part in parts[:3])
+    assert tokens.encode_parts([]) == tokens.encode_parts(["", UserText("")]) == []
 
 
 CONTROLS = [

@@ -131,6 +131,16 @@ def test_what_was_written_before_an_interrupt_is_the_answer(talk, monkeypatch: p
     assert out.startswith("".join(filter(_shows, turn.answer)))
 
 
+def test_an_interrupt_while_a_picture_is_encoded(talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_codes", interrupt)
+    status, _, err, calls = talk("/image one.png\nWhat is it?\nAnd without it?\n")
+    assert status == 0 and "(stopped)" in err
+    assert [(said, pictures) for _, said, pictures in calls] == [("And without it?", None)]
+
+
 SLOW = ("--model", str(tiny()), "--steps", "32", "--threshold", "1", "--max-new-tokens", "6000")
 
 
