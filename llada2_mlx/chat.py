@@ -17,6 +17,7 @@ from .backbone.denoising import Draft, Generation, Method, Vocabulary, check_len
 from .backbone.handle import Backbone
 from .backbone.network import LLaDA2
 from .backbone.session import Report, Session
+from .backbone.sprint import Sprint
 from .checkpoint.codebook import require_same
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
@@ -71,6 +72,7 @@ def reply(
     method: Method = Method.CACHED,
     on_step: OnStep = ignore,
     on_text: Callable[[str], None] | None = None,
+    sprint: Sprint | None = None,
 ) -> Reply:
     """Answer what is said now in a conversation.
 
@@ -83,6 +85,7 @@ def reply(
         max_new_tokens: the answer's length at most.
         on_text: called after each step with the answer so far; a stretch not yet denoised reads "…".
         sampling, method: how tokens are chosen, and how the network is run.
+        sprint: None is exact.
 
     Raises:
         RequestError: nothing is said, a picture is of another model or has no size token, or the conversation is longer
@@ -102,7 +105,7 @@ def reply(
 
     vocabulary = Vocabulary(tokens.mask, ends=tokens.ends)
     draft = Draft.blank((ids,), max_new_tokens, tokens.mask)
-    options = {"sampling": sampling, "method": method, "on_step": step}
+    options = {"sampling": sampling, "method": method, "sprint": sprint, "on_step": step}
     done, read = backbone.run(_answer, draft, vocabulary, conversation._read, **options)
     turn = answered(backbone, text, pictures, done.ids)
     return Reply(turn.answer, list(turn.ids), done.report, replace(conversation.and_then(turn), _read=read))
@@ -133,7 +136,14 @@ def _check_room(backbone: Backbone, conversation: Conversation, prompt: int, len
 
 
 def _answer(
-    network: LLaDA2, draft: Draft, vocabulary: Vocabulary, read: _Read | None, *, sampling: Sampling, method: Method
+    network: LLaDA2,
+    draft: Draft,
+    vocabulary: Vocabulary,
+    read: _Read | None,
+    *,
+    sampling: Sampling,
+    method: Method,
+    sprint: Sprint | None,
 ) -> Generator[Progress, None, tuple[Generation, _Read | None]]:
     """Write the draft's answer after as much of its prompt as the network has read already."""
     session = read.of(network, sampling.block_length) if read and method is Method.CACHED else None
@@ -143,7 +153,8 @@ def _answer(
         session.trim(same)
         draft = replace(draft, branches=(ids[same:],))
     keep = method is Method.CACHED
-    done = yield from generate(network, draft, vocabulary, sampling=sampling, method=method, session=session, keep=keep)
+    options = {"sampling": sampling, "method": method, "sprint": sprint}
+    done = yield from generate(network, draft, vocabulary, session=session, keep=keep, **options)
     return done, _Read(network, done.session) if keep else None
 
 

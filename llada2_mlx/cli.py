@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .backbone.acceptance import Sampling
     from .backbone.handle import Backbone
     from .backbone.session import Report
+    from .backbone.sprint import Sprint
     from .imaging.flow import DecodeOptions
 
 # the words of the command line for what the library calls so; the library itself is imported when it is needed
@@ -40,6 +41,12 @@ PURPOSES = {
     "understand-with-others": "understand with others",
     "edit": "edit",
     "edit-published": "edit as published",
+}
+RANKS = {
+    "confidence": "low confidence",
+    "margin": "top-k margin",
+    "entropy": "negative entropy",
+    "random": "random",
 }
 
 
@@ -61,21 +68,27 @@ def t2i(a: argparse.Namespace) -> None:
     from . import tasks
 
     prompts.require_text(a.prompt, "prompt")
-    _writable(a.output, ".png")
-    if a.codes:
-        _writable(a.codes, ".safetensors")
+    for path in _numbered(a.output, a.pictures):
+        _writable(path, ".png")
+    for path in _numbered(a.codes, a.pictures) if a.codes else ():
+        _writable(path, ".safetensors")
     checkpoint = _resolve(a, Part.BACKBONE, *_decoder_parts(a))
     options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
     size = {"width": a.width, "height": a.height}
+    thinking = tasks.Thinking(a.thinking_steps, a.thinking_length, a.thinking_temperature) if a.thinking else None
     _warn(backbone.tokens.doubt(a.prompt))
     with _Bars() as on_step:
         guided = {"guidance": a.guidance, "rescale": a.rescale, "sampling": sampling}
-        drawing = tasks.text_to_vq(backbone, a.prompt, **size, **guided, on_step=on_step)
-    _warn(checkpoint.image_sizes.doubt_grid("drawing", drawing.grid))
+        more = {"thinking": thinking, "sprint": _sprint(a), "pictures": a.pictures}
+        drawing = tasks.text_to_vq(backbone, a.prompt, **size, **guided, **more, on_step=on_step)
+    if drawing.reasoning:
+        print(drawing.reasoning)
+    _warn(*drawing.warnings, checkpoint.image_sizes.doubt_grid("drawing", drawing.grids[0]))
     if a.codes:
-        drawing.grid.save(a.codes)
+        for grid, path in zip(drawing.grids, _numbered(a.codes, a.pictures), strict=True):
+            grid.save(path)
     backbone.unload()  # makes room for the decoder
-    _decode(a, checkpoint, drawing.grid, options)
+    _decode(a, checkpoint, drawing.grids, options)
     _tell(drawing.report)
 
 
@@ -90,7 +103,9 @@ def understand(a: argparse.Namespace) -> None:
     pictures = _encode(a, checkpoint, _understanding(paths), *paths)
     _warn(backbone.tokens.doubt(a.question))
     with _Bars() as on_step:
-        answer = tasks.understand(backbone, pictures, a.question, a.max_new_tokens, sampling, on_step=on_step)
+        answer = tasks.understand(
+            backbone, pictures, a.question, a.max_new_tokens, sampling, on_step=on_step, sprint=_sprint(a)
+        )
     print(answer.text)
     _tell(answer.report)
 
@@ -113,6 +128,7 @@ def chat(a: argparse.Namespace) -> int:
         Conversation(a.system),
         sampling,
         a.max_new_tokens,
+        _sprint(a),
         interactive,
         images=images,
     )
@@ -136,9 +152,12 @@ def edit(a: argparse.Namespace) -> None:
     _warn(backbone.tokens.doubt(a.instruction))
     with _Bars() as on_step:
         guided = {"text_guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
-        drawing = tasks.edit(backbone, pictures, a.instruction, **guided, sampling=sampling, on_step=on_step)
+        drawing = tasks.edit(
+            backbone, pictures, a.instruction, **guided, sampling=sampling, on_step=on_step, sprint=_sprint(a)
+        )
+    _warn(*drawing.warnings)
     backbone.unload()  # makes room for the decoder
-    _decode(a, checkpoint, drawing.grid, options)
+    _decode(a, checkpoint, drawing.grids, options)
     _tell(drawing.report)
 
 
@@ -154,7 +173,22 @@ def decode(a: argparse.Namespace) -> None:
     """Turn codes into a picture."""
     _writable(a.output, ".png")
     grid, checkpoint = VQGrid.load(a.codes), _resolve(a, *_decoder_parts(a))
-    _decode(a, checkpoint, grid, _decode_options(a, checkpoint, grid))
+    _decode(a, checkpoint, (grid,), _decode_options(a, checkpoint, grid))
+
+
+def look(a: argparse.Namespace) -> None:
+    """Show codes without decoding them: a square of one colour for each."""
+    from PIL import Image
+
+    from .imaging import look as looking
+
+    _writable(a.output, ".png")
+    grid, checkpoint = VQGrid.load(a.codes), _resolve(a, Part.IMAGE_TOKENIZER)
+    require_same(grid, checkpoint)
+    picture = Image.fromarray(looking.look(grid.codes, looking.palette(checkpoint), scale=a.pixels))
+    with replacing(Path(a.output)) as partial:
+        picture.save(partial, format="PNG")
+    print(f"{a.output}: {picture.width} x {picture.height} pixels")
 
 
 def download(a: argparse.Namespace) -> None:
@@ -289,12 +323,13 @@ def _understanding(pictures: Sequence) -> str:
     return "understand-with-others" if len(pictures) > 1 else "understand"
 
 
-def _warn(doubt: str | None) -> None:
-    if doubt is not None:
-        print(f"llada2-mlx: warning: {doubt}", file=sys.stderr)
+def _warn(*doubts: str | None) -> None:
+    for sentence in doubts:
+        if sentence is not None:
+            print(f"llada2-mlx: warning: {sentence}", file=sys.stderr)
 
 
-def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options: DecodeOptions) -> None:
+def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grids: Sequence[VQGrid], options: DecodeOptions) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     from .imaging import load_part
@@ -302,9 +337,8 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options
 
     part, _ = DECODERS[a.decoder]
     with _Bars() as on_step:
-        latents = load_part(checkpoint, part, _device(a), on_step).sample([grid], options, on_step)
+        latents = load_part(checkpoint, part, _device(a), on_step).sample(grids, options, on_step)
         pixels = load_part(checkpoint, Part.VAE, _device(a), on_step).decode(latents, on_step)
-    (image,) = to_images(pixels)
     parameters = {key: value for key, value in vars(a).items() if key != "command" and value is not None}
     # names, not folders: the picture may be shown to others
     local = ("model", "image", "codes", "output")
@@ -313,9 +347,16 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grid: VQGrid, options
     parameters |= {"decoder_steps": options.steps, "version": __version__}
     metadata = PngInfo()
     metadata.add_itxt("parameters", json.dumps(parameters, default=str, ensure_ascii=False))
-    with replacing(Path(a.output)) as partial:
-        image.save(partial, format="PNG", pnginfo=metadata)
-    print(f"{a.output}: {image.width} x {image.height} pixels")
+    for image, path in zip(to_images(pixels), _numbered(a.output, len(grids)), strict=True):
+        with replacing(Path(path)) as partial:
+            image.save(partial, format="PNG", pnginfo=metadata)
+        print(f"{path}: {image.width} x {image.height} pixels")
+
+
+def _numbered(path: str, count: int) -> list[str]:
+    """``path``, or a path for each of several: ``fox.png`` is ``fox-1.png``, ``fox-2.png`` and so on."""
+    name = Path(path)
+    return [path] if count == 1 else [str(name.with_stem(f"{name.stem}-{i}")) for i in range(1, count + 1)]
 
 
 def _name(given: str) -> str:
@@ -373,6 +414,16 @@ def _sampling(a: argparse.Namespace) -> Sampling:
     return Sampling(**{field.name: getattr(a, field.name) for field in fields(Sampling)})
 
 
+def _sprint(a: argparse.Namespace) -> Sprint | None:
+    from .backbone.sprint import Remasking, Sprint
+
+    if not a.sprint:
+        return None
+    return Sprint(
+        a.keep_ratio, a.warm_up, a.alpha, a.text_keep_ratio, a.image_keep_ratio, Remasking(RANKS[a.remasking])
+    )
+
+
 def _device(a: argparse.Namespace):
     from .imaging.device import usable
 
@@ -412,6 +463,15 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--threshold", type=float, default=0.95, help="a candidate more probable than this is accepted at once"
     )
+
+    sprinting = argparse.ArgumentParser(add_help=False)
+    sprinting.add_argument("--sprint", action="store_true", help="faster on long prompts, and not exact; with:")
+    sprinting.add_argument("--keep-ratio", type=float, default=0.7, help="part of what stands before that is looked at")
+    sprinting.add_argument("--warm-up", type=int, default=2, help="steps of a block that look at all of it")
+    sprinting.add_argument("--alpha", type=float, default=0.5, help="rank by keys (1) or by the model's confidence (0)")
+    sprinting.add_argument("--text-keep-ratio", type=float, default=1.0, help="1 keeps all text")
+    sprinting.add_argument("--image-keep-ratio", type=float, default=0.0, help="1 keeps all codes of pictures")
+    sprinting.add_argument("--remasking", choices=RANKS, default="confidence", help="which tokens settle first")
 
     guided = argparse.ArgumentParser(add_help=False)
     guided.add_argument("--rescale", type=float, default=0.7, help="of guided logits, 0 to 1")
@@ -461,20 +521,27 @@ def _parser() -> argparse.ArgumentParser:
         "picture that is changed",
     )
 
-    p = add(t2i, sampling, guided, decoding)
+    p = add(t2i, sampling, guided, sprinting, decoding)
     p.add_argument("prompt")
     p.add_argument("--width", type=int, default=0, help="pixels; 0: the model's own")
     p.add_argument("--height", type=int, default=0, help="pixels; 0: the model's own")
     p.add_argument("--guidance", type=float, default=2.0, help="1: none")
     p.add_argument("--codes", help="also write the codes to this .safetensors file")
+    p.add_argument(
+        "--pictures", type=int, default=1, help="how many to draw, above temperature 0; picture i has seed + i"
+    )
+    p.add_argument("--thinking", action="store_true", help="let the model plan the picture in words first; with:")
+    p.add_argument("--thinking-steps", type=int, default=32, help="denoising steps for a block of the plan")
+    p.add_argument("--thinking-length", type=int, default=4096, help="tokens of the plan at most")
+    p.add_argument("--thinking-temperature", type=float, default=0.0, help="of the plan")
 
-    p = add(understand, sampling, encoding, with_others)
+    p = add(understand, sampling, sprinting, encoding, with_others)
     p.add_argument("image")
     p.add_argument("question")
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048)
 
-    p = add(chat, sampling, encoding)
+    p = add(chat, sampling, sprinting, encoding)
     p.add_argument(
         "--system", default="", help="what the model is told of its part; what it was trained with if left out"
     )
@@ -484,7 +551,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048, help="of an answer")
 
-    p = add(edit, sampling, guided, decoding, encoding, with_others)
+    p = add(edit, sampling, guided, sprinting, decoding, encoding, with_others)
     p.add_argument("image")
     p.add_argument("instruction")
     p.add_argument("--guidance", type=float, default=4.0, help="of the text")
@@ -501,6 +568,11 @@ def _parser() -> argparse.ArgumentParser:
     p = add(decode, decoding)
     p.add_argument("codes")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
+
+    p = add(look)
+    p.add_argument("codes")
+    p.add_argument("-o", "--output", default="look.png", help="the PNG file to write (default: look.png)")
+    p.add_argument("--pixels", type=int, default=16, help="on a side of a code (default: 16)")
 
     p = add(download, running=False)
     p.add_argument("model", nargs="?", default=HUB_MODEL, help=f"a hub id (default: {HUB_MODEL})")

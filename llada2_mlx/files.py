@@ -18,6 +18,12 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
+def is_plain(name: str) -> bool:
+    """Whether a name is a relative path that stays inside its folder, with nothing hidden on the way."""
+    plain = name and not any(character in name for character in "\\:\0")
+    return bool(plain) and all(name.split("/")) and not is_hidden(name)
+
+
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Holds the lock ``path``; on a disk that has no locks the work goes on without one.

@@ -16,6 +16,7 @@ from .vq import Pictures, VQGrid, grids_of
 _HUMAN = "<role>HUMAN</role>"
 _ASSISTANT = "<role>ASSISTANT</role>"
 _DRAW = f"<role>SYSTEM</role> You are a text-to-image generation assistant. {_HUMAN}"
+_THINK = f"<role>SYSTEM</role> You are a text-to-image generation assistant with a thinking process. {_HUMAN}"
 _EDIT = f"<role>SYSTEM</role> You are an image editing assistant. {_HUMAN}"
 _UNCONDITION = "<uncondition>"
 _TALK = "You are a multimodal understanding assistant."
@@ -63,8 +64,15 @@ class Turn:
 def text_to_image(tokens: Tokens, prompt: str, height: int, width: int) -> Prompt:
     """Branches: conditional, unconditional. ``height`` and ``width`` are the grid's, in codes."""
     header = tokens.header(height, width)
-    ask = lambda text: [*tokens.encode(_DRAW), *written(tokens, text), *tokens.encode(_ASSISTANT), *header]
-    return Prompt((ask(prompt), ask(_UNCONDITION)))
+    return Prompt(tuple([*_ask(tokens, _DRAW, text), *header] for text in (prompt, _UNCONDITION)))
+
+
+def thinking(tokens: Tokens, prompt: str, height: int, width: int) -> Prompt:
+    """Branches: conditional, up to where the model begins to think and chooses a size of its own; unconditional, with the
+    header of ``height x width`` codes.
+    """
+    header = tokens.header(height, width)
+    return Prompt((_ask(tokens, _THINK, prompt), [*_ask(tokens, _THINK, _UNCONDITION), *header]))
 
 
 def understand(tokens: Tokens, pictures: Pictures, question: str) -> Prompt:
@@ -72,15 +80,18 @@ def understand(tokens: Tokens, pictures: Pictures, question: str) -> Prompt:
     return Prompt(([*blocks(tokens, pictures), *written(tokens, question)],))
 
 
-def edit(tokens: Tokens, pictures: Pictures, instruction: str) -> Prompt:
-    """Branches: conditional, without the instruction, without the picture. The result has the picture's size.
+def edit(tokens: Tokens, pictures: Pictures, instruction: str, size: tuple[int, int] | None = None) -> Prompt:
+    """Branches: conditional, without the instruction, without the picture.
 
     Of several pictures the last is the one to be changed, and those before it are references, each an image block of its
     own. "Without the picture" is without all of them, one ``<|image|>`` alone: the branch that the model knows from
     editing one picture, and what it says of a picture when it sees none.
+
+    Args:
+        size: rows and columns of codes of the result; None is the picture's.
     """
     grid = grids_of(pictures)[-1]
-    picture, header = blocks(tokens, pictures), tokens.header(grid.height, grid.width)
+    picture, header = blocks(tokens, pictures), tokens.header(*(size or (grid.height, grid.width)))
     ask = lambda source, text: [
         *tokens.encode(_EDIT),
         *source,
@@ -184,10 +195,19 @@ def blocks(tokens: Tokens, pictures: Pictures) -> list[int]:
     return [token for grid in grids_of(pictures) for token in _picture(tokens, grid)]
 
 
-def _picture(tokens: Tokens, grid: VQGrid) -> list[int]:
+def _ask(tokens: Tokens, system: str, text: str) -> list[int]:
+    return [*tokens.encode(system), *written(tokens, text), *tokens.encode(_ASSISTANT)]
+
+
+def require_codebook(tokens: Tokens, grid: VQGrid) -> None:
+    """Raise ``RequestError`` if a grid's codes are of a codebook of another size than the model's."""
     if grid.codebook_size != tokens.codebook_size:
         raise RequestError(
             f"The grid's codes are of a codebook of {grid.codebook_size}, the model {tokens.folder.name} has {tokens.codebook_size}. "
             "Encode the picture with the image tokenizer of the same model."
         )
+
+
+def _picture(tokens: Tokens, grid: VQGrid) -> list[int]:
+    require_codebook(tokens, grid)
     return [*tokens.header(grid.height, grid.width), *tokens.codes_to_ids(grid.to_list()), tokens.image_end]

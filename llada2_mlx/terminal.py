@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from . import chat, prompts
 from .backbone.acceptance import Sampling
 from .backbone.handle import Backbone
+from .backbone.sprint import Sprint
 from .errors import LLaDA2Error, RequestError
 from .progress import OnStep, Progress
 from .tasks import readable
@@ -41,7 +42,7 @@ class Terminal:
         encode: pictures as codes, one or a set.
         bars: shows the progress of what is not the answer, which shows itself.
         conversation: what was said so far; its system text stays after ``/reset``.
-        sampling, max_new_tokens: see ``chat.reply``.
+        sampling, max_new_tokens, sprint: see ``chat.reply``.
         interactive: whether a person sits there, who wants to be prompted.
         failures: how many lines could not be done.
     """
@@ -53,6 +54,7 @@ class Terminal:
     conversation: chat.Conversation
     sampling: Sampling
     max_new_tokens: int
+    sprint: Sprint | None = None
     interactive: bool = False
     failures: int = 0
     images: list[Image.Image] = field(default_factory=list)
@@ -109,10 +111,10 @@ class Terminal:
                 ids = chat.settled(self.backbone.tokens, progress)[: self.max_new_tokens]
                 written.grow(readable(self.backbone, tuple(ids)))
 
-        options = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling, "on_step": step}
+        options = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling, "sprint": self.sprint}
         try:
             with self.bars() as on_step:
-                answer = chat.reply(self.backbone, self.conversation, text, pictures, **options)
+                answer = chat.reply(self.backbone, self.conversation, text, pictures, on_step=step, **options)
         except KeyboardInterrupt:
             written.end()
             if not ids:

@@ -195,7 +195,7 @@ class Tokens:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The grid sides, in codes, that have a size token, ascending."""
-        return tuple(side for side in range(1, 1024) if f"<|reserved_token_{side}|>" in self._vocabulary)
+        return _sides(self._vocabulary)
 
     def header(self, height: int, width: int) -> list[int]:
         """``<|image|>``, the two size tokens and ``<boi>`` of a grid of ``height x width`` codes.
@@ -206,19 +206,46 @@ class Tokens:
         self.check_size(height, width)
         return [self.image, *(self._vocabulary[f"<|reserved_token_{side}|>"] for side in (height, width)), self.boi]
 
+    def read_header(self, ids: Sequence[int]) -> tuple[int, int] | None:
+        """Rows and columns of codes that the header at the end of ``ids`` states; None where there is none."""
+        sides = {self._vocabulary[f"<|reserved_token_{side}|>"]: side for side in self.sizes}
+        match list(ids[-4:]):
+            case [self.image, height, width, self.boi] if height in sides and width in sides:
+                return sides[height], sides[width]
+        return None
+
     def check_size(self, height: int, width: int) -> None:
         """Raise ``RequestError`` if a grid of ``height x width`` codes has no size tokens."""
-        if not {height, width} <= set(self.sizes):
-            raise RequestError(
-                f"A grid of {height} x {width} codes (height x width) has no size tokens in the model {self.folder.name}. "
-                f"Sides that have one: {_ranges(self.sizes)} codes. The largest is {DECODED_PIXELS * max(self.sizes, default=0)} "
-                f"pixels of a drawn picture ({DECODED_PIXELS} per code), {ENCODED_PIXELS * max(self.sizes, default=0)} of an "
-                f"encoded one ({ENCODED_PIXELS})."
-            )
+        _require_sides(self.sizes, self.folder, height, width)
 
     def codes_to_ids(self, codes: list[int]) -> list[int]:
         """Token ids of image codes."""
         return [self.image_offset + code for code in codes]
+
+
+def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
+    """As ``Tokens.check_size``, by what the files of a tokenizer state; it is not loaded for that.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it cannot be read.
+        RequestError: a side has no size token.
+    """
+    _require_sides(_sides(_stated_tokens(checkpoint)), checkpoint.root, height, width)
+
+
+def _sides(vocabulary: Collection[str]) -> tuple[int, ...]:
+    return tuple(side for side in range(1, 1024) if f"<|reserved_token_{side}|>" in vocabulary)
+
+
+def _require_sides(sides: tuple[int, ...], folder: Path, height: int, width: int) -> None:
+    if not {height, width} <= set(sides):
+        largest = max(sides, default=0)
+        raise RequestError(
+            f"A grid of {height} x {width} codes (height x width) has no size tokens in the model {folder.name}. "
+            f"Sides that have one: {_ranges(sides)} codes. The largest is {DECODED_PIXELS * largest} "
+            f"pixels of a drawn picture ({DECODED_PIXELS} per code), {ENCODED_PIXELS * largest} of an "
+            f"encoded one ({ENCODED_PIXELS})."
+        )
 
 
 def _spellings(word: str) -> tuple[str, ...]:

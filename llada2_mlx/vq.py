@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from .errors import RequestError
 from .files import replacing
@@ -108,9 +108,14 @@ class VQGrid:
         """The codes row by row."""
         return self.codes.flatten().tolist()
 
-    def save(self, path: str | Path) -> None:
-        """Write the grid as safetensors, its size and codebook in the metadata; whole or not at all."""
+    def save(self, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
+        """Write the grid as safetensors, its size and codebook in the metadata; whole or not at all.
+
+        Args:
+            notes: what else to write into the metadata; ``load`` does not read it.
+        """
         metadata = {
+            **(notes or {}),
             "format": "llada2-vq",
             "height": str(self.height),
             "width": str(self.width),
@@ -118,7 +123,7 @@ class VQGrid:
             **{key: known for key, known in asdict(self.origin).items() if known},
         }
         with replacing(Path(path)) as partial:
-            save_file({"codes": self.codes}, partial, metadata=metadata)
+            partial.write_bytes(save({"codes": self.codes}, metadata))  # save_file makes a file for its owner alone
 
     @classmethod
     def load(cls, path: str | Path) -> VQGrid:

@@ -5,6 +5,9 @@ from comfy_api.latest import ComfyExtension, io
 from .backbone import LoadLLaDA2Backbone
 from .chat import LLaDA2Chat
 from .generate import LLaDA2Edit, LLaDA2TextToVQ
+from .grids import GRID_NODES
+from .redraw import LLaDA2Grow, LLaDA2Redraw
+from .sprint import LLaDA2Sprint
 from .understand import LLaDA2Understand
 from .vq import LLaDA2JoinVQ, SigLIPVQEncode, ZImageDecode
 
@@ -19,5 +22,9 @@ class LLaDA2Extension(ComfyExtension):
             LLaDA2Understand,
             LLaDA2Chat,
             LLaDA2Edit,
+            LLaDA2Redraw,
+            LLaDA2Grow,
+            LLaDA2Sprint,
             ZImageDecode,
+            *GRID_NODES,
         ]

@@ -11,7 +11,9 @@ from .sockets import (
     BackboneSocket,
     ChatSocket,
     block_inputs,
+    choice_inputs,
     pictures_input,
+    sprint_input,
     temperature_input,
     token_seed_input,
 )
@@ -58,6 +60,8 @@ class LLaDA2Chat(io.ComfyNode):
                     "A picture that you show with the message, from SigLIP-VQ Encode with purpose understand; or several, from LLaDA2 Join VQ.",
                     optional=True,
                 ),
+                *choice_inputs(),
+                sprint_input(),
                 io.String.Input(
                     "system",
                     multiline=True,
@@ -102,6 +106,9 @@ class LLaDA2Chat(io.ComfyNode):
         threshold,
         conversation=None,
         vq=None,
+        top_k=0,
+        top_p=1.0,
+        sprint=None,
         system="",
     ) -> io.NodeOutput:
         from ..llada2_mlx import chat
@@ -125,9 +132,10 @@ class LLaDA2Chat(io.ComfyNode):
             message,
             pictures,
             max_new_tokens,
-            Sampling(block_length, steps, threshold, temperature, seed=seed),
+            Sampling(block_length, steps, threshold, temperature, top_k, top_p, seed),
             on_step=host.progress(),
             on_text=show,
+            sprint=sprint,
         )
         show(answer.text, final=True)
         if not answer.text:

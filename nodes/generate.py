@@ -1,10 +1,15 @@
 """LLaDA2TextToVQ and LLaDA2Edit: the nodes that draw."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from comfy_api.latest import io
 
 from ..llada2_mlx import prompts
 from ..llada2_mlx.checkpoint.codebook import doubt
 from ..llada2_mlx.checkpoint.sizes import DECODED_PIXELS
+from ..llada2_mlx.errors import RequestError
 from ..llada2_mlx.vq import readings, with_source
 from . import host
 from .sockets import (
@@ -12,10 +17,15 @@ from .sockets import (
     BackboneSocket,
     VQSocket,
     block_inputs,
+    choice_inputs,
     pictures_input,
+    sprint_input,
     temperature_input,
     token_seed_input,
 )
+
+if TYPE_CHECKING:
+    from ..llada2_mlx.tasks import Thinking
 
 _STEPS = "Denoising steps for each block of tokens. More is slower and can be better; 8 to 16 are usual."
 _VQ_OUT = "The picture as codes, for ZImage Decode or LLaDA2 Understand."
@@ -61,28 +71,76 @@ class LLaDA2TextToVQ(io.ComfyNode):
                 token_seed_input(),
                 temperature_input(),
                 *block_inputs(guided=True),
+                io.DynamicCombo.Input(
+                    "mode",
+                    options=[
+                        io.DynamicCombo.Option("standard", []),
+                        io.DynamicCombo.Option("thinking", _thinking_inputs()),
+                    ],
+                    optional=True,
+                    tooltip="thinking: the model plans the picture in words before it draws it, and may choose another size.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="Pictures that are drawn together, which takes less time than one after the other. At temperature 0 all are "
+                    "the same.",
+                ),
+                *choice_inputs(),
+                sprint_input(),
             ],
-            outputs=[VQSocket.Output("vq", tooltip=_VQ_OUT)],
+            outputs=[
+                VQSocket.Output("vq", tooltip=_VQ_OUT),
+                io.String.Output("reasoning", tooltip="What the model wrote before it drew; empty without thinking."),
+                io.Mask.Output(
+                    "confidence",
+                    tooltip="How sure the model was of each code when it settled, 0 to 1, at the size of the decoded picture.",
+                ),
+            ],
+            hidden=[io.Hidden.dynprompt],
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str | None = None) -> bool | str:
+    def validate_inputs(cls, prompt: str | None = None, *, mode: dict | None = None) -> bool | str:
+        # ComfyUI reports a fault once for each positional argument; "mode" comes in any case, without its values
         return host.refusal((prompts.require_text, prompt, "prompt"))
 
     @classmethod
     @host.explains
     def execute(
-        cls, backbone, prompt, width, height, steps, guidance, seed, temperature, block_length, threshold, rescale
+        cls,
+        backbone,
+        prompt,
+        width,
+        height,
+        steps,
+        guidance,
+        seed,
+        temperature,
+        block_length,
+        threshold,
+        rescale,
+        mode=None,
+        batch_size=1,
+        top_k=0,
+        top_p=1.0,
+        sprint=None,
     ) -> io.NodeOutput:
         from ..llada2_mlx import tasks
         from ..llada2_mlx.backbone.acceptance import Sampling
+        from ..llada2_mlx.imaging.pixels import to_mask
 
         prompts.require_text(prompt, "prompt")
+        thinking = _thinking(host.given(cls.hidden.dynprompt, "mode"), mode)
         width, height = prompts.side_or_own(width), prompts.side_or_own(height)
         prompts.require_size(width, height)
         rows, columns = tasks.grid_size(backbone, width, height)
         size = DECODED_PIXELS * columns, DECODED_PIXELS * rows
         host.warn(backbone.checkpoint.image_sizes.doubt("drawing", *size), backbone.tokens.doubt(prompt))
+        show, on_step = host.progress_text(), host.progress()
         drawing = tasks.text_to_vq(
             backbone,
             prompt,
@@ -90,10 +148,45 @@ class LLaDA2TextToVQ(io.ComfyNode):
             height,
             guidance,
             rescale,
-            Sampling(block_length, steps, threshold, temperature, seed=seed),
-            on_step=host.progress(),
+            Sampling(block_length, steps, threshold, temperature, top_k, top_p, seed),
+            on_step=on_step,
+            on_codes=host.appearing(backbone.source, on_step),
+            thinking=thinking,
+            on_text=show,
+            sprint=sprint,
+            pictures=batch_size,
         )
-        return io.NodeOutput(host.named(backbone.source, [drawing.grid]))
+        if drawing.reasoning:
+            show(drawing.reasoning, final=True)
+        host.warn(*drawing.warnings)
+        grids = host.named(backbone.source, drawing.grids)
+        return io.NodeOutput(grids, drawing.reasoning, to_mask(drawing.confidence, DECODED_PIXELS))
+
+
+def _thinking_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input("steps", default=32, min=1, max=256, tooltip="Denoising steps for each block of the plan."),
+        io.Int.Input(
+            "length", default=4096, min=1, max=32768, tooltip="Tokens of the plan at most; it ends by itself before."
+        ),
+        io.Float.Input(
+            "temperature",
+            default=0.0,
+            min=0.0,
+            max=10.0,
+            step=0.05,
+            tooltip="Of the plan: 0 always takes the most probable token. Above 0 every picture of a batch has a plan of its own.",
+        ),
+    ]
+
+
+def _thinking(choice: str | None, mode: dict | None) -> Thinking | None:
+    """The choice of a mode as the graph has it, and with the inputs of its own; a graph of an earlier version has none."""
+    from ..llada2_mlx.tasks import Thinking
+
+    if choice not in (None, "standard", "thinking"):  # ComfyUI leaves out a choice that does not exist
+        raise RequestError("The mode has to be standard or thinking, with the inputs that belong to it.")
+    return Thinking(mode["steps"], mode["length"], mode["temperature"]) if choice == "thinking" else None
 
 
 class LLaDA2Edit(io.ComfyNode):
@@ -138,6 +231,8 @@ class LLaDA2Edit(io.ComfyNode):
                 token_seed_input(),
                 temperature_input(),
                 *block_inputs(guided=True),
+                *choice_inputs(),
+                sprint_input("Is not used in editing, as published: the node says that it ran without."),
                 io.Int.Input(
                     "source",
                     default=0,
@@ -181,6 +276,9 @@ class LLaDA2Edit(io.ComfyNode):
         block_length,
         threshold,
         rescale,
+        top_k=0,
+        top_p=1.0,
+        sprint=None,
         source=0,
     ) -> io.NodeOutput:
         from ..llada2_mlx import tasks
@@ -198,8 +296,11 @@ class LLaDA2Edit(io.ComfyNode):
                 text_guidance,
                 image_guidance,
                 rescale,
-                Sampling(block_length, steps, threshold, temperature, seed=own_seed),
+                Sampling(block_length, steps, threshold, temperature, top_k, top_p, own_seed),
                 on_step=on_step,
+                on_codes=host.appearing(backbone.source, on_step),
+                sprint=sprint,
             )
             edited.append(drawing.grid)
+        host.warn(*drawing.warnings)
         return io.NodeOutput(host.named(backbone.source, edited))

@@ -17,6 +17,8 @@ ChatSocket = io.Custom("LLADA2_CHAT")
 
 # How many inputs for pictures LLaDA2JoinVQ can grow; each takes a batch.
 MOST_JOINED = 32
+# A ``llada2_mlx.backbone.sprint.Sprint``.
+SprintSocket = io.Custom("LLADA2_SPRINT")
 
 
 def model_input(what: str, own: str | None = None) -> io.Combo.Input:
@@ -62,6 +64,36 @@ def temperature_input() -> io.Float.Input:
         step=0.05,
         tooltip="0 always takes the most probable token. Above 0 tokens are drawn at random; higher is wilder.",
     )
+
+
+def choice_inputs() -> list[io.Input]:
+    """How tokens are drawn above temperature 0. Optional: a graph of an earlier version has none."""
+    return [
+        io.Int.Input(
+            "top_k",
+            default=0,
+            min=0,
+            max=2**20,
+            optional=True,
+            advanced=True,
+            tooltip="Above temperature 0, how many of the most probable tokens can be drawn; 0 is all.",
+        ),
+        io.Float.Input(
+            "top_p",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="Above temperature 0, the probability that the tokens which can be drawn have together; 0 leaves the most "
+            "probable one, 1 all.",
+        ),
+    ]
+
+
+def sprint_input(tooltip: str = "From LLaDA2 SPRINT: faster on long prompts, and not exact.") -> io.Input:
+    return SprintSocket.Input("sprint", optional=True, tooltip=tooltip)
 
 
 def block_inputs(*, guided: bool) -> list[io.Input]:

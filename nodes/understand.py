@@ -6,7 +6,15 @@ from ..llada2_mlx import prompts
 from ..llada2_mlx.checkpoint.codebook import doubt
 from ..llada2_mlx.vq import readings
 from . import host
-from .sockets import BackboneSocket, block_inputs, pictures_input, temperature_input, token_seed_input
+from .sockets import (
+    BackboneSocket,
+    block_inputs,
+    choice_inputs,
+    pictures_input,
+    sprint_input,
+    temperature_input,
+    token_seed_input,
+)
 
 
 class LLaDA2Understand(io.ComfyNode):
@@ -47,6 +55,8 @@ class LLaDA2Understand(io.ComfyNode):
                 token_seed_input(),
                 temperature_input(),
                 *block_inputs(guided=False),
+                *choice_inputs(),
+                sprint_input(),
             ],
             outputs=[
                 io.String.Output("text", is_output_list=True, tooltip="The answer, or one for each picture of a batch.")
@@ -70,7 +80,19 @@ class LLaDA2Understand(io.ComfyNode):
     @classmethod
     @host.explains
     def execute(
-        cls, backbone, vq, question, steps, max_new_tokens, seed, temperature, block_length, threshold
+        cls,
+        backbone,
+        vq,
+        question,
+        steps,
+        max_new_tokens,
+        seed,
+        temperature,
+        block_length,
+        threshold,
+        top_k=0,
+        top_p=1.0,
+        sprint=None,
     ) -> io.NodeOutput:
         from ..llada2_mlx import tasks
         from ..llada2_mlx.backbone.acceptance import Sampling
@@ -85,9 +107,10 @@ class LLaDA2Understand(io.ComfyNode):
                 pictures,
                 question,
                 max_new_tokens,
-                Sampling(block_length, steps, threshold, temperature, seed=own_seed),
+                Sampling(block_length, steps, threshold, temperature, top_k, top_p, own_seed),
                 on_step=on_step,
                 on_text=show,
+                sprint=sprint,
             )
             show(answer.text, final=True)
             answers.append(answer.text)

@@ -16,6 +16,7 @@ from llada2_mlx import prompts
 from llada2_mlx.backbone.acceptance import Sampling
 from llada2_mlx.backbone.denoising import Method
 from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.backbone.sprint import Sprint
 from llada2_mlx.chat import KEPT, Conversation, Reply, answered, reply, settled
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.errors import CheckpointError, RequestError
@@ -234,6 +235,18 @@ def test_another_block_length_reads_anew(backbone: Backbone) -> None:
     other = Sampling(block_length=16, steps=4, threshold=1.0)
     answer, anew = (reply(backbone, each, "And?", None, 40, other) for each in (first, replace(first, _read=None)))
     assert answer.ids == anew.ids and answer.report.positions == anew.report.positions
+
+
+def test_with_sprint_and_exactly_in_turn(backbone: Backbone) -> None:
+    """What SPRINT leaves out in an answer is left out there alone: the next turn reads all that was said."""
+    sprint = Sprint(keep_ratio=0.3, warm_up=1)
+    first = say(backbone, Conversation(), "What do you see here, and what is it good for?", grid(16, 16), sprint=sprint)
+    for options in ({}, {"sprint": sprint}):
+        answer, anew = (
+            say(backbone, each, "And now?", **options)
+            for each in (first.conversation, replace(first.conversation, _read=None))
+        )
+        assert answer.ids == anew.ids and answer.report.positions < anew.report.positions
 
 
 # --- where it is gone -----------------------------------------------------------------------------------------------

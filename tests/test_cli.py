@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from demonstration import Demo
 from pictures import noise
@@ -17,6 +18,9 @@ from PIL import Image
 from synthetic import tiny
 
 from llada2_mlx import cli
+from llada2_mlx.checkpoint.codebook import origin
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
+from llada2_mlx.imaging.look import look, palette
 from llada2_mlx.shapes import gallery
 from llada2_mlx.vq import VQGrid
 
@@ -63,6 +67,35 @@ def test_a_picture_from_a_text_and_its_parameters(run, tmp_path: Path) -> None:
         assert first.tobytes() == second.tobytes()
 
 
+def test_pictures_are_numbered(run) -> None:
+    wild = ("--temperature", "2", "--steps", "2", "--seed", "4")
+    status, out, _ = run("t2i", "a cat", *wild, "--pictures", "2", "-o", "cat.png", "--codes", "cat.safetensors")
+    assert (status, out) == (0, "cat-1.png: 256 x 256 pixels\ncat-2.png: 256 x 256 pixels\n")
+    assert run("t2i", "a cat", *wild[:-1], "5", "-o", "alone.png", "--codes", "alone.safetensors")[0] == 0
+    assert VQGrid.load("alone.safetensors") == VQGrid.load("cat-2.safetensors") != VQGrid.load("cat-1.safetensors")
+    with Image.open("alone.png") as alone, Image.open("cat-2.png") as second:
+        assert alone.tobytes() == second.tobytes()
+    status, _, err = run("t2i", "a cat", "--pictures", "65")
+    assert status == 1 and "from 1 to 64" in err
+
+
+def test_sprint(run) -> None:
+    status, *_ = run("t2i", "a cat", "--sprint", "--keep-ratio", "0.3", "--remasking", "margin", "-o", "fast.png")
+    assert status == 0
+    status, out, _ = run("understand", "fast.png", "What is it?", "--sprint", "--max-new-tokens", "16", "--steps", "4")
+    assert status == 0 and out
+    status, _, err = run("edit", "fast.png", "Make it blue.", "--sprint", "--steps", "1", "-o", "blue.png")
+    assert status == 0 and "warning: SPRINT is not used in editing" in err
+    status, _, err = run("t2i", "a cat", "--sprint", "--warm-up", "0")
+    assert status == 1 and "SPRINT's warm up is 0; it has to be from 1" in err
+
+
+def test_a_plan_that_begins_no_picture(run) -> None:
+    status, _, err = run("t2i", "a cat", "--thinking", "--thinking-length", "20", "--thinking-steps", "2")
+    assert status == 1 and ("begins" in err or "began no picture" in err or "without beginning" in err)
+    assert not list(Path().glob("*.png"))
+
+
 def test_a_question(run) -> None:
     noise(128, 128).save("picture.png")
     status, out, _ = run("understand", "picture.png", "What is it?", "--max-new-tokens", "16", "--steps", "4")
@@ -101,6 +134,19 @@ def test_to_codes_and_back(run) -> None:
         assert run("decode", "codes.safetensors", *words, "-o", "back.png")[1] == "back.png: 256 x 320 pixels\n"
 
 
+def test_a_look_at_codes(run) -> None:
+    grid = VQGrid(np.arange(80).reshape(8, 10), 256)
+    grid.save("codes.safetensors")
+    assert run("look", "codes.safetensors", "--pixels", "4")[:2] == (0, "look.png: 40 x 32 pixels\n")
+    with Image.open("look.png") as image:
+        assert (np.asarray(image) == look(grid.codes, palette(Checkpoint(tiny())), scale=4)).all()
+    status, _, err = run("look", "codes.safetensors", "--model", str(BUILT_IN), "--pixels", "0")
+    assert status == 1 and "shown by 1 to 64 pixels" in err
+    VQGrid(grid.codes, 256, origin(Checkpoint(tiny()))).save("codes.safetensors")
+    status, _, err = run("look", "codes.safetensors", "--model", str(BUILT_IN))
+    assert status == 1 and "shapes has another codebook" in err
+
+
 def test_what_a_model_is(run) -> None:
     status, out, _ = run("info")
     assert status == 0 and "turbo decoder: complete" in out and '"num_experts": 16' in out and "256 x 256 pixels" in out
@@ -126,6 +172,8 @@ def test_what_a_model_is(run) -> None:
         (("encode", "missing.png"), "There is no picture missing.png"),
         (("encode", "text.png"), "cannot be read as a picture"),
         (("decode", "missing.safetensors"), "There is no file"),
+        (("look", "missing.safetensors"), "There is no file"),
+        (("look", "text.png"), "is not a grid of codes"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(run, words: tuple[str, ...], message: str) -> None:

@@ -43,7 +43,7 @@ def test_the_library_knows_nothing_of_comfyui_and_the_pack_imports_itself_relati
 
 # the floors of the library, from the ground up; the rooms of one floor do not know each other, the ground's may
 FLOORS = (
-    {"errors", "files", "progress", "vq", "worker"},
+    {"errors", "files", "grids", "progress", "vq", "worker"},
     {"checkpoint"},
     {"tokens"},
     {"backbone", "imaging"},

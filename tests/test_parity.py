@@ -20,6 +20,7 @@ from llada2_mlx.backbone.acceptance import Sampling
 from llada2_mlx.backbone.denoising import Draft, Vocabulary, generate
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.backbone.sprint import Remasking, Sprint
 from llada2_mlx.checkpoint.layout import Checkpoint, Part
 from llada2_mlx.imaging.flow import DecodeOptions, Sampler
 from llada2_mlx.imaging.prepare import Purpose, fit
@@ -34,8 +35,13 @@ PREPARATIONS = {
     "understand_multi": Purpose.UNDERSTAND_SEVERAL,
     "edit": Purpose.EDIT_PUBLISHED,
 }
+REMASKING = {
+    "low_confidence": Remasking.LOW_CONFIDENCE,
+    "top_k_margin": Remasking.TOP_K_MARGIN,
+    "neg_entropy": Remasking.NEG_ENTROPY,
+    "random": Remasking.RANDOM,
+}
 KINDS = {"text", "image", "generate_image", "understand_image", "edit_image"}
-LATER = {"sprint": "SPRINT", "thinking": "the thinking mode"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,11 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         assert {case["kind"] for case in content["cases"]} <= KINDS, "a kind of case that no test knows"
         cases = [case for case in content["cases"] if case["kind"] == metafunc.function.__name__.removeprefix("test_")]
         values = [({**content["defaults"][case["kind"]], **case["params"]}, case) for case in cases]
-        marks = [
-            [pytest.mark.skip(reason=f"{what} is not there yet") for key, what in LATER.items() if key in c["name"]]
-            for c in cases
-        ]
-        params = [pytest.param(*value, id=case["name"], marks=mark) for value, case, mark in zip(values, cases, marks)]
+        params = [pytest.param(*value, id=case["name"]) for value, case in zip(values, cases)]
         metafunc.parametrize(("params", "generation_case"), params)
     if "encode_case" in metafunc.fixturenames:
         cases = [(case["image"], way, case[way]) for case in read("encode.json") for way in PREPARATIONS if way in case]
@@ -147,11 +149,30 @@ def sampling(params: dict) -> Sampling:
     return Sampling(**{name: params[name] for name in names if name in params})
 
 
+def sprint(params: dict) -> Sprint | None:
+    """SPRINT's options where the case uses it; the published names are in the golden directory's defaults."""
+    if not params.get("use_sprint"):
+        return None
+    ours = {
+        "keep_ratio": "keep_ratio",
+        "cache_warmup_steps": "warm_up",
+        "confidence_alpha": "alpha",
+        "text_keep_ratio": "text_keep_ratio",
+        "image_keep_ratio": "image_keep_ratio",
+    }
+    options = {ours[name]: params[name] for name in ours if params.get(name) is not None}
+    return Sprint(**options, remasking=REMASKING[params.get("remasking", "low_confidence")])
+
+
 def test_text(backbone: Backbone, ids: dict, params: dict, generation_case: dict) -> None:
     prompt = generation_case["prompt_ids"]
     vocabulary = Vocabulary(ids["mask"], ends=frozenset({params["eos_id"]}))
     done = backbone.run(
-        generate, Draft.blank((prompt,), params["gen_length"], ids["mask"]), vocabulary, sampling(params)
+        generate,
+        Draft.blank((prompt,), params["gen_length"], ids["mask"]),
+        vocabulary,
+        sampling(params),
+        sprint=sprint(params),
     )
     assert prompt + done.ids == generation_case["expected"]["output_ids"]
 
@@ -168,7 +189,12 @@ def test_image(backbone: Backbone, ids: dict, params: dict, generation_case: dic
     vocabulary = Vocabulary(ids["mask"], first=backbone.config.image_token_offset)
     branches = tuple(generation_case[name] for name in names)
     done = backbone.run(
-        generate, Draft.blank(branches, params["gen_length"], ids["mask"]), vocabulary, sampling(params), guidance
+        generate,
+        Draft.blank(branches, params["gen_length"], ids["mask"]),
+        vocabulary,
+        sampling(params),
+        guidance,
+        sprint=sprint(params),
     )
     assert generation_case["prompt_ids"] + done.ids == generation_case["expected"]["output_ids"]
 
@@ -180,9 +206,13 @@ def assert_prompts(request: prompts.Prompt, call: dict, *names: str) -> None:
 
 
 def test_generate_image(backbone: Backbone, params: dict, generation_case: dict) -> None:
-    expected, (call,) = generation_case["expected"]["result"], generation_case["expected"]["calls"]
-    request = prompts.text_to_image(backbone.tokens, generation_case["prompt"], expected["h"], expected["w"])
-    assert_prompts(request, call, "input_ids", "uncond_ids")
+    expected, (*first, call) = generation_case["expected"]["result"], generation_case["expected"]["calls"]
+    make = prompts.thinking if first else prompts.text_to_image
+    request = make(backbone.tokens, generation_case["prompt"], expected["h"], expected["w"])
+    if first:
+        assert_prompts(request, {**call, "input_ids": first[0]["input_ids"]}, "input_ids", "uncond_ids")
+    else:
+        assert_prompts(request, call, "input_ids", "uncond_ids")
     drawing = tasks.text_to_vq(
         backbone,
         generation_case["prompt"],
@@ -191,10 +221,13 @@ def test_generate_image(backbone: Backbone, params: dict, generation_case: dict)
         params["cfg_scale"],
         params["cfg_rescale"],
         sampling(params),
+        thinking=tasks.Thinking(params["thinking_steps"], params["thinking_gen_length"]) if first else None,
+        sprint=sprint(params),
     )
     assert drawing.grid == VQGrid.from_list(
         expected["token_ids"], expected["h"], expected["w"], backbone.config.codebook_size
     )
+    assert drawing.reasoning == expected.get("thinking", "")
 
 
 def source_grid(backbone: Backbone, case: dict) -> VQGrid:
@@ -212,6 +245,7 @@ def test_understand_image(backbone: Backbone, params: dict, generation_case: dic
         question,
         params["gen_length"],
         sampling(params),
+        sprint=sprint(params),
     )
     assert call["input_ids"] + answer.ids == call["output_ids"]
     # the published function decodes question and answer together

@@ -121,7 +121,7 @@ def test_an_answer_that_is_cut_ends_in_a_whole_character(
 ) -> None:
     tokens = backbone.tokens
     ids = [*tokens.encode("ab猫"), tokens.encode("猫")[0], tokens.end][: length + (length == 6)]
-    monkeypatch.setattr(backbone, "run", lambda *_, **__: Generation(ids))
+    monkeypatch.setattr(backbone, "run", lambda *_, **__: Generation([ids]))
     assert tasks.understand(backbone, grid, "what?", length).text == text
 
 

@@ -14,10 +14,10 @@ from synthetic import tiny
 from llada2_mlx import prompts
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
-from llada2_mlx.errors import RequestError
+from llada2_mlx.errors import CheckpointError, RequestError
 from llada2_mlx.shapes import grammar
 from llada2_mlx.shapes.world import scenes
-from llada2_mlx.tokens import Tokens
+from llada2_mlx.tokens import Tokens, check_size
 from llada2_mlx.vq import VQGrid
 
 
@@ -28,6 +28,19 @@ def tokens() -> Tokens:
 
 def test_the_sizes_that_have_a_token(tokens: Tokens) -> None:
     assert tokens.sizes == (*range(8, 36, 2), *range(36, 256))
+
+
+def test_the_files_alone_say_which_sizes_have_a_token(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for each in (checkpoint, Checkpoint(tiny()), Checkpoint(BUILT_IN)):
+        sizes = Tokens(each).sizes
+        for side in range(1, 300):
+            if side in sizes:
+                check_size(each, 8, side)
+            else:
+                with pytest.raises(RequestError, match=f"A grid of 8 x {side} codes"):
+                    check_size(each, 8, side)
+    with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
+        check_size(Checkpoint(tmp_path), 8, 8)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (34, 8), (36, 37), (255, 255)])

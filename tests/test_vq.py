@@ -14,7 +14,7 @@ from synthetic import tiny
 from llada2_mlx.checkpoint.codebook import origin
 from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.errors import RequestError
-from llada2_mlx.vq import VQGrid, picture_seed
+from llada2_mlx.vq import Origin, VQGrid, picture_seed
 
 
 @pytest.fixture
@@ -64,6 +64,28 @@ def test_a_file_gives_the_grid_back_and_states_its_size(grid: VQGrid, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["grid.safetensors"]
 
 
+def test_a_file_has_the_rights_of_any_other(grid: VQGrid, tmp_path: Path) -> None:
+    grid.save(tmp_path / "grid.safetensors")
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "grid.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_notes_are_kept_in_the_file_and_do_not_hide_what_the_grid_says(grid: VQGrid, tmp_path: Path) -> None:
+    path = tmp_path / "grid.safetensors"
+    ours = VQGrid(grid.codes, 128, Origin("ours", "aa", "bb", "editing"))
+    ours.save(path, {"workflow": "{}", "model": "theirs", "height": "1"})
+    assert VQGrid.load(path) == grid and VQGrid.load(path).origin == ours.origin
+    with safe_open(path, "numpy") as file:
+        assert file.metadata()["workflow"] == "{}"
+
+
+def test_which_codebook_is_known_by_the_vectors_first() -> None:
+    both = Origin("a", "v", "t")
+    assert both.may_equal(Origin("b", "v", "u")) and not both.may_equal(Origin("a", "w", "t"))
+    assert both.may_equal(Origin("a", "", "t")) and not both.may_equal(Origin("a", "", "u"))
+    assert both.may_equal(Origin("b")) and Origin("a", "v").may_equal(Origin("b", "", "t"))  # nothing is known
+
+
 def test_grids_differ_by_codes_and_by_codebook(grid: VQGrid) -> None:
     assert grid != VQGrid(grid.codes, 256)
     assert grid != VQGrid(grid.codes[::-1], 128)
@@ -96,11 +118,12 @@ def test_a_write_that_fails_leaves_what_was_there(
     grid.save(path)
     before = path.read_bytes()
 
-    def half_written(tensors, target, metadata) -> None:
-        Path(target).write_bytes(b"half")
+    def half_written(target: Path, content: bytes) -> None:
+        with target.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("llada2_mlx.vq.save_file", half_written)
+    monkeypatch.setattr(Path, "write_bytes", half_written)
     with pytest.raises(OSError):
         grid.save(path)
     assert path.read_bytes() == before

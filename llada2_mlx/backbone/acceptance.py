@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -56,16 +56,30 @@ class Sampling:
             raise RequestError(f"temperature is {self.temperature}; it has to be 0, or from 0.001 to 100.")
 
 
+class Candidates(NamedTuple):
+    """What could be written at each position of a block.
+
+    Args:
+        tokens: rows of the logits, integers [pictures, length].
+        probability: of each of them, in the distribution that it was drawn from, float [pictures, length].
+        logits: before temperature, top-k and top-p, float [pictures, length, rows].
+    """
+
+    tokens: mx.array
+    probability: mx.array
+    logits: mx.array
+
+
 class Acceptance(Protocol):
     """Decides which candidates of a block become tokens."""
 
-    def __call__(self, probability: mx.array, masked: mx.array, step: int) -> mx.array:
+    def __call__(self, candidates: Candidates, masked: mx.array, step: int, keys: Sequence[mx.array]) -> mx.array:
         """Which positions are accepted.
 
         Args:
-            probability: of each position's candidate, float [pictures, length].
             masked: which positions are still to be written, bool [pictures, length].
             step: the denoising step of this block, from 0.
+            keys: one for each picture, for what is decided at random.
 
         Returns:
             bool [pictures, length], true for masked positions alone.
@@ -91,19 +105,26 @@ class ThresholdAcceptance:
         """How many positions ``step`` accepts at least; the first steps take what does not divide evenly."""
         return self.block_length // self.steps + (step < self.block_length % self.steps)
 
-    def __call__(self, probability: mx.array, masked: mx.array, step: int) -> mx.array:
+    def __call__(self, candidates: Candidates, masked: mx.array, step: int, keys: Sequence[mx.array] = ()) -> mx.array:
         quota = self.quota(step)
-        confidence = mx.where(masked, probability, -mx.inf)
+        confidence = mx.where(masked, candidates.probability, -mx.inf)
         over = confidence > self.threshold
-        rank = mx.argsort(mx.argsort(-confidence, axis=-1), axis=-1)
-        best = (rank < quota) & masked
-        return mx.where(over.sum(axis=-1, keepdims=True) >= quota, over, best)
+        return mx.where(over.sum(axis=-1, keepdims=True) >= quota, over, best(confidence, masked, quota))
 
 
-def candidates(
-    logits: mx.array, sampling: Sampling, keys: Sequence[mx.array] | None = None
-) -> tuple[mx.array, mx.array]:
-    """Each position's candidate and its probability: logits [pictures, length, rows] -> two arrays [pictures, length].
+def best(score: mx.array, masked: mx.array, count: int | mx.array) -> mx.array:
+    """The ``count`` masked positions of each picture with the highest score: bool [pictures, length].
+
+    Args:
+        score, masked: [pictures, length].
+        count: one number, or [pictures, 1].
+    """
+    rank = mx.argsort(mx.argsort(-mx.where(masked, score, -mx.inf), axis=-1), axis=-1)
+    return (rank < count) & masked
+
+
+def draw_candidates(logits: mx.array, sampling: Sampling, keys: Sequence[mx.array] = ()) -> Candidates:
+    """Each position's candidate and its probability, from logits [pictures, length, rows].
 
     Above temperature 0 the logits are divided by it, then cut to top-k, then to top-p, and the probability is
     that of the changed distribution.
@@ -111,6 +132,7 @@ def candidates(
     Args:
         keys: one for each picture, for the draws above temperature 0.
     """
+    untouched = logits
     if not sampling.temperature:
         choice = mx.argmax(logits, axis=-1)
     else:
@@ -127,4 +149,4 @@ def candidates(
         drawn = [mx.random.categorical(picture, key=key) for picture, key in zip(logits, keys, strict=True)]
         choice = mx.stack(drawn)
     chosen = mx.take_along_axis(logits, choice[..., None], axis=-1)[..., 0]
-    return choice, mx.exp(chosen - mx.logsumexp(logits, axis=-1))
+    return Candidates(choice, mx.exp(chosen - mx.logsumexp(logits, axis=-1)), untouched)

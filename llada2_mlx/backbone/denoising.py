@@ -18,10 +18,14 @@ import numpy as np
 
 from ..errors import LLaDA2Error, RequestError
 from ..progress import Progress
-from .acceptance import Sampling, ThresholdAcceptance, candidates
+from .acceptance import Acceptance, Sampling, ThresholdAcceptance, draw_candidates
 from .guidance import Guidance
 from .network import LLaDA2
 from .session import BatchedRunner, PlainRunner, Report, Session
+from .sprint import Sprint, SprintAcceptance, SprintRunner
+
+# How the progress calls the work, unless told otherwise.
+DENOISING = "denoising"
 
 
 class Method(Enum):
@@ -82,11 +86,26 @@ class Draft:
 
 @dataclass
 class Generation:
-    """The ids of the draft's body as they were written, the report, and the session where it is kept."""
+    """What was written.
 
-    ids: list[int]
+    Args:
+        pictures: for each picture the ids of the draft's body.
+        report: what it took.
+        session: where it is kept; the branches of the first picture, then those of the second, and so on.
+        confidence: the probability with which each position of the body was accepted, float32 [pictures, length]; 1 where
+            the draft had no mask, 0 where a text had ended before.
+    """
+
+    pictures: list[list[int]]
     report: Report = field(default_factory=Report)
     session: Session | None = None
+    confidence: np.ndarray | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the only picture, or of the text."""
+        (ids,) = self.pictures
+        return ids
 
 
 def generate(
@@ -98,6 +117,9 @@ def generate(
     method: Method = Method.CACHED,
     session: Session | None = None,
     keep: bool = False,
+    sprint: Sprint | None = None,
+    seeds: Sequence[int] | None = None,
+    phase: str = DENOISING,
 ) -> Generator[Progress, None, Generation]:
     """Denoise the masks of a draft.
 
@@ -107,6 +129,10 @@ def generate(
             does not weigh; a session has only the branches that are weighed.
         keep: whether a session that was begun here is handed back, to be continued. Else its keys and values are let go
             on MLX's own thread, with the rest of the work.
+        sprint: None is exact. SPRINT is a way of its own of the cached method.
+        seeds: one for each picture, in place of the sampling's. All are denoised together, and each is what it would be
+            alone. Texts, which end somewhere, are written one at a time.
+        phase: what the progress calls it.
 
     Yields:
         Progress after each step; the work happens between two values.
@@ -120,73 +146,143 @@ def generate(
     """
     began = time.perf_counter()
     size, length = sampling.block_length, len(draft.body)
+    seeds = (sampling.seed,) if seeds is None else tuple(seeds)
     keep = keep or session is not None
     if session is None:
         guidance, branches = guidance.select(draft.branches)
-        session = Session.begin(branches, size, len(model.model.layers) if method is Method.CACHED else None)
+        session = _begin(model, branches, size, method, vocabulary.mask)
     else:
         guidance, _ = guidance.select(tuple([] for _ in guidance.coefficients))
         _check_session(session, guidance, sampling, method)
         session.append(draft.branches)
-    prompt = len(session)
+    if sprint is not None and method is not Method.CACHED:
+        raise ValueError(f"SPRINT is not there for the method {method.value}")
+    if len(seeds) != 1 and vocabulary.ends:
+        raise ValueError("texts that end somewhere are written one at a time")
+    prompt, branches, pictures = len(session), len(session.ids), len(seeds)
     check_length(prompt, length, model.config.max_position_embeddings)
-    done = np.full(-(-(prompt + length) // size) * size, vocabulary.mask)  # the conditional branch as the host knows it
-    done[prompt : prompt + length] = draft.body
-    tokens = mx.array(
-        np.concatenate([session.ids, np.tile(done[prompt:], (len(session.ids), 1))], axis=1, dtype=np.int32)
-    )
-    done[:prompt] = session.ids[0]
+    # the conditional branches as the host knows them
+    done = np.full((pictures, -(-(prompt + length) // size) * size), vocabulary.mask)
+    done[:, prompt : prompt + length] = draft.body
+    done[:, prompt : prompt + length] = draft.body
+    blocks = _blocks_to_write(np.append(session.ids[0], draft.body), prompt, size, vocabulary.mask)
     steps = min(sampling.steps, max(draft.body.count(vocabulary.mask), 1))
-    report = Report(branches=len(session.ids))
-    runner = (PlainRunner if method is Method.PLAIN else BatchedRunner)(
-        model, session, guidance, report, vocabulary.rows
-    )
-    acceptance = ThresholdAcceptance(size, steps, sampling.threshold)
-    key, drawn = mx.random.key(sampling.seed), None
+    report, acceptance = Report(branches=branches), _acceptance(size, steps, sampling, sprint)
 
-    blocks, generated = _blocks_to_write(done, prompt, length, size, vocabulary.mask), []
+    if pictures > 1:
+        if blocks:  # what all have in common is read once
+            runner = _runner(model, session, guidance, report, vocabulary, method, sprint)
+            for position in runner.prefill(_padded(session, done[:1]), min(blocks[0] * size, prompt), whole=True):
+                yield Progress("reading the prompt", position, prompt)
+        session = session.fork([*range(branches)] * pictures)
+    tokens = _padded(session, done)
+    done[:, :prompt] = session.ids[::branches]
+    runner = _runner(model, session, guidance, report, vocabulary, method, sprint)
+    confidence, generated = mx.zeros(done.shape), [[]]
+    # a key for each step, so that a draw does not depend on what was drawn before
+    random = [mx.random.split(mx.random.key(seed), max(len(blocks), 1) * steps) for seed in seeds]
     for number, block in enumerate(blocks):
         report.blocks += 1
         here = slice(block * size, (block + 1) * size)
         for position in runner.prefill(tokens, here.start):
             yield Progress("reading the prompt", position, here.start)
         for step in range(steps):
-            logits = runner.logits(tokens, here)
-            if sampling.temperature:
-                key, drawn = mx.random.split(key)
-            choice, probability = candidates(logits[None], sampling, [drawn])
-            masked = tokens[:1, here] == vocabulary.mask
-            accepted = acceptance(probability, masked, step)
-            choice = (choice + vocabulary.first).astype(tokens.dtype)
+            keys = [own[number * steps + step] for own in random]
+            found = draw_candidates(runner.logits(tokens, here), sampling, keys)
+            accepted = acceptance(found, tokens[::branches, here] == vocabulary.mask, step, keys)
+            choice = (found.tokens + vocabulary.first).astype(tokens.dtype)
+            every = lambda picture: mx.repeat(picture, branches, axis=0)
             # a branch keeps what its own prompt has at that position
-            tokens[:, here] = mx.where(accepted & (tokens[:, here] == vocabulary.mask), choice, tokens[:, here])
+            free = every(accepted) & (tokens[:, here] == vocabulary.mask)
+            tokens[:, here] = mx.where(free, every(choice), tokens[:, here])
+            confidence[:, here] = mx.where(accepted, found.probability, confidence[:, here])
             report.steps += 1
-            done[here], finite = _fetch(report, tokens, here, probability)
+            done[:, here], finite = _fetch(report, tokens, here, branches, confidence, found.probability)
             if not finite:
                 raise LLaDA2Error(
                     "The network's output is not finite (NaN or infinity): its weights or their precision are at fault."
                 )
-            generated = done[prompt : here.stop].tolist()
-            yield Progress("denoising", number * steps + step + 1, len(blocks) * steps, tuple(generated))
-            if vocabulary.mask not in done[here] or vocabulary.mask not in vocabulary.through_end(generated):
+            generated = done[:, prompt : here.stop].tolist()
+            yield Progress(phase, number * steps + step + 1, len(blocks) * steps, tuple(generated[0]))
+            if all(vocabulary.mask not in vocabulary.through_end(ids) for ids in generated) or (
+                vocabulary.mask not in done[:, here]
+            ):
                 break
         # a mask that is left is one that the model chose itself; the end may stand behind it
-        if vocabulary.has_end(generated):
+        if all(map(vocabulary.has_end, generated)):
             break
 
-    ids = vocabulary.through_end(done[prompt : prompt + length].tolist())
-    session.ids = np.array(tokens)[:, : prompt + len(ids)]
+    written = [vocabulary.through_end(ids) for ids in done[:, prompt : prompt + length].tolist()]
+    session.ids = np.array(tokens)[:, : prompt + len(written[0])]
     session.trim(len(session))
+    certain = np.where(np.array(draft.body) == vocabulary.mask, np.array(confidence)[:, prompt : prompt + length], 1)
     report.seconds = time.perf_counter() - began
-    return Generation(ids, report, session if keep else None)
+    return Generation(written, report, session if keep else None, certain.astype(np.float32))
 
 
-def _blocks_to_write(done: np.ndarray, prompt: int, length: int, size: int, mask: int) -> list[int]:
+def add_branches(
+    model: LLaDA2, session: Session, branches: Sequence[Sequence[int]], mask: int, sprint: Sprint | None = None
+) -> Generator[Progress, None, tuple[Session, Report]]:
+    """The session with more branches, which end at the same position; what it has computed is kept.
+
+    Args:
+        session: one that keeps its keys and values, and belongs to this call from now on.
+        branches: ids; a longer one loses its head.
+        mask: id of the mask token.
+        sprint: what the session is used with.
+
+    Returns:
+        The session, and what it took.
+    """
+    size, end = session.block_length, len(session)
+    fresh = _begin(model, (session.ids[0], *branches), size, Method.CACHED, mask).fork(range(1, len(branches) + 1))
+    # nothing stands before; one block at least, so that the caches have its rows
+    fresh.final = max(min(min(fresh.begins) // size * size, session.final - size), 0)
+    report = Report(branches=len(branches))
+    vocabulary, guidance = Vocabulary(mask), Guidance((1.0,))
+    runner = _runner(model, fresh, guidance, report, vocabulary, Method.CACHED, sprint)
+    for position in runner.prefill(mx.array(fresh.ids), session.final, whole=True):
+        yield Progress("reading the prompt", position, end)
+    return session.join(fresh), report
+
+
+def _begin(model: LLaDA2, branches: Sequence[Sequence[int]], size: int, method: Method, mask: int) -> Session:
+    return Session.begin(branches, size, len(model.model.layers) if method is Method.CACHED else None, fill=mask)
+
+
+def _runner(
+    model: LLaDA2,
+    session: Session,
+    guidance: Guidance,
+    report: Report,
+    vocabulary: Vocabulary,
+    method: Method,
+    sprint: Sprint | None,
+) -> BatchedRunner | PlainRunner:
+    common = model, session, guidance, report, vocabulary.rows
+    if sprint is not None:
+        return SprintRunner(*common, sprint, vocabulary.mask)
+    return PlainRunner(*common) if method is Method.PLAIN else BatchedRunner(*common)
+
+
+def _acceptance(size: int, steps: int, sampling: Sampling, sprint: Sprint | None) -> Acceptance:
+    if sprint is not None:
+        return SprintAcceptance(steps, sampling.threshold, sprint.remasking)
+    return ThresholdAcceptance(size, steps, sampling.threshold)
+
+
+def _padded(session: Session, done: np.ndarray) -> mx.array:
+    """Ids of each branch with what each picture writes after its prompt: int32 [pictures * branches, positions]."""
+    written = np.repeat(done[:, len(session) :], len(session.ids) // len(done), axis=0)
+    return mx.array(np.concatenate([session.ids, written], axis=1, dtype=np.int32))
+
+
+def _blocks_to_write(ids: np.ndarray, prompt: int, size: int, mask: int) -> list[int]:
     """The blocks with a mask that is to be written, from the one in which the prompt ends.
 
     Masks in the prompt's part of that block are written too, as published; what fills up the last block is not asked for.
     """
-    wanted = np.flatnonzero(done[: prompt + length] == mask) // size
+    wanted = np.flatnonzero(ids == mask) // size
     return sorted({int(block) for block in wanted if block >= prompt // size})
 
 
@@ -211,10 +307,11 @@ def check_length(prompt: int, length: int, most: int) -> None:
         )
 
 
-def _fetch(report: Report, tokens: mx.array, here: slice, probability: mx.array) -> tuple[np.ndarray, bool]:
-    """The block's ids and whether the step was finite: the one time in a step that the host waits."""
-    block = mx.concatenate([tokens[0, here], mx.isfinite(probability).all()[None].astype(tokens.dtype)])
-    mx.eval(block, tokens)
+def _fetch(
+    report: Report, tokens: mx.array, here: slice, branches: int, confidence: mx.array, probability: mx.array
+) -> tuple[np.ndarray, bool]:
+    """The block's ids in each picture, and whether the step was finite: the one time in a step that the host waits."""
+    block, finite = tokens[::branches, here], mx.isfinite(probability).all()
+    mx.eval(block, finite, tokens, confidence)
     report.syncs += 1
-    host = np.array(block)
-    return host[:-1], bool(host[-1])
+    return np.array(block), finite.item()

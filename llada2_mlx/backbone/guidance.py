@@ -51,19 +51,19 @@ class Guidance:
         return Guidance(tuple(self.coefficients[i] for i in kept), rescale), tuple(branches[i] for i in kept)
 
     def combine(self, model: LLaDA2, hidden: mx.array) -> mx.array:
-        """Hidden states [branches, length, hidden] -> guided hidden state [length, hidden], float32 if guided.
+        """Hidden states [..., branches, length, hidden] -> guided ones [..., length, hidden], float32 if guided.
 
         The rescale multiplies a position's logits by a positive number, so it can be applied to the hidden
         state: it never changes the best candidate, only its probability and with it the order of acceptance.
         Lin et al., arXiv:2305.08891.
         """
         if len(self.coefficients) == 1:
-            return hidden[0]
+            return hidden[..., 0, :, :]
         hidden = hidden.astype(mx.float32)
-        guided = (hidden * mx.array(self.coefficients)[:, None, None]).sum(axis=0)
+        guided = (hidden * mx.array(self.coefficients)[:, None, None]).sum(axis=-3)
         if not self.rescale:
             return guided
-        ratio = model.logit_std(hidden[0]) / (model.logit_std(guided) + 1e-6)
+        ratio = model.logit_std(hidden[..., 0, :, :]) / (model.logit_std(guided) + 1e-6)
         return guided * (self.rescale * ratio + (1 - self.rescale))
 
 

@@ -19,7 +19,7 @@ from ..checkpoint.config import BackboneConfig
 class LayerCache(Protocol):
     """What a layer needs of a cache: put new keys and values in, get everything there is to attend to."""
 
-    def update(self, keys: mx.array, values: mx.array, start: int) -> tuple[mx.array, mx.array]: ...
+    def update(self, keys: mx.array, values: mx.array, start: int | mx.array) -> tuple[mx.array, mx.array]: ...
 
 
 class Attention(nn.Module):
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.key_layernorm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, start: int, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
+    def __call__(self, x: mx.array, start: int | mx.array, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
         batch, length, _ = x.shape
         qkv = self.query_key_value(x).reshape(batch, length, -1, self.head_dim)
         q, k, v = mx.split(qkv, [self.heads, self.heads + self.kv_heads], axis=2)
@@ -51,8 +51,16 @@ class Attention(nn.Module):
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
         return self.dense(out.swapaxes(1, 2).reshape(batch, length, -1))
 
-    def _rope(self, x: mx.array, offset: int) -> mx.array:
-        return mx.fast.rope(x, self.rotary_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
+    def _rope(self, x: mx.array, start: int | mx.array) -> mx.array:
+        """``x`` [batch, heads, length, head dim], rotated by its positions."""
+        rotate = lambda x, offset: mx.fast.rope(
+            x, self.rotary_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset
+        )
+        if isinstance(start, int):
+            return rotate(x, start)
+        batch, heads, length, width = x.shape  # a position of its own each: sequences of one
+        alone = x.swapaxes(1, 2).reshape(batch * length, heads, 1, width)
+        return rotate(alone, start.flatten()).reshape(batch, length, heads, width).swapaxes(1, 2)
 
 
 class MLP(nn.Module):
@@ -126,7 +134,7 @@ class Layer(nn.Module):
         dense = index < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else SparseMoE(config)
 
-    def __call__(self, x: mx.array, start: int, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
+    def __call__(self, x: mx.array, start: int | mx.array, mask: mx.array | None, cache: LayerCache | None) -> mx.array:
         x = x + self.attention(self.input_layernorm(x), start, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -157,7 +165,7 @@ class LLaDA2(nn.Module):
     def __call__(
         self,
         ids: mx.array,
-        start: int = 0,
+        start: int | mx.array = 0,
         mask: mx.array | None = None,
         cache: list[LayerCache] | None = None,
     ) -> mx.array:
@@ -166,7 +174,8 @@ class LLaDA2(nn.Module):
         Args:
             ids: token ids [batch, length], integers.
             start: position of the first of ``ids`` in the sequence. RoPE sees differences of positions alone, so
-                rows whose own text begins later need no positions of their own.
+                rows whose own text begins later need no positions of their own. Or a position for each of ``ids``,
+                [batch, length], for a cache that does not write at positions.
             mask: bool, broadcastable to [batch, heads, length, keys], true where a query may look;
                 None lets every query see every key.
             cache: one entry a layer; None attends to ``ids`` alone.

@@ -7,7 +7,7 @@ keys and values of a finished block never change. A session keeps them, and a ge
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -25,17 +25,24 @@ PREFILL = 1024
 class Report:
     """What a generation did, so that speed can be tested by counting.
 
-    ``positions`` counts each branch's positions that went through the network; ``head_rows`` the rows of the
-    output head that were multiplied, summed over steps and products; ``syncs`` how often the host waited.
+    ``positions`` counts each branch's positions that went through the network; ``pairs`` the queries times the keys that
+    each layer's attention was given; ``head_rows`` the rows of the output head that were multiplied, summed over steps
+    and products; ``syncs`` how often the host waited.
     """
 
     blocks: int = 0
     steps: int = 0
     positions: int = 0
+    pairs: int = 0
     head_rows: int = 0
     syncs: int = 0
     branches: int = 1
     seconds: float = 0.0
+
+    def __add__(self, other: Report) -> Report:
+        """What two generations did together; ``branches`` is the larger number of the two."""
+        total = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        return Report(**total | {"branches": max(self.branches, other.branches)})
 
 
 class _Part(NamedTuple):
@@ -74,6 +81,14 @@ class PrefixCache:
         self._parts = (_Part(*room),)
         return room[0][..., :end, :], room[1][..., :end, :]
 
+    def fill(self, row: int, positions: slice, keys: mx.array, values: mx.array) -> None:
+        """Write the same keys and values, [1, kv heads, 1, head dim], at several positions of one row.
+
+        Only for a cache that has been written to since it was forked or joined.
+        """
+        for array, new in zip(self.arrays, (keys, values), strict=True):
+            array[row : row + 1, :, positions] = new
+
     def _room(self, parts: list[tuple[mx.array, tuple[int, ...] | None]], like: mx.array) -> mx.array:
         """One array of ``capacity`` positions with the rows of all parts; an object of its own."""
         if not parts:
@@ -110,6 +125,8 @@ class Session:
         block_length: positions in a block.
         final: positions whose keys and values are in ``layers`` and never change; whole blocks.
         layers: a cache for each layer; None where nothing is kept.
+        confidence: how probable the network's first choice is at each position that is final, float [branches, final];
+            None unless SPRINT asked for it.
     """
 
     ids: np.ndarray
@@ -117,9 +134,10 @@ class Session:
     block_length: int
     final: int = 0
     layers: list[PrefixCache] | None = None
+    confidence: np.ndarray | None = None
 
     @classmethod
-    def begin(cls, branches: Sequence[Sequence[int]], block_length: int, layers: int | None) -> Session:
+    def begin(cls, branches: Sequence[Sequence[int]], block_length: int, layers: int | None, fill: int = 0) -> Session:
         """A session in which only the prompts are written, and nothing has been computed.
 
         All branches end where the first one, the conditional branch, ends: a shorter one has nothing before it (it is
@@ -127,9 +145,10 @@ class Session:
 
         Args:
             layers: how many layers the network has; None keeps no keys and values.
+            fill: the id that stands where a branch has nothing; only SPRINT looks there.
         """
         end = len(branches[0])
-        ids = np.zeros((len(branches), end), dtype=np.int32)  # any id but the mask: nobody looks there
+        ids = np.full((len(branches), end), fill, dtype=np.int32)
         begins = []
         for row, branch in zip(ids, branches):
             branch = branch[max(len(branch) - end, 0) :]
@@ -156,12 +175,16 @@ class Session:
         self.ids = self.ids[:, :length]
         self.final = min(self.final, length // self.block_length * self.block_length)
         self.begins = tuple(min(begin, length) for begin in self.begins)
+        if self.confidence is not None:
+            self.confidence = self.confidence[:, : self.final]
 
     def fork(self, branches: Sequence[int] | None = None) -> Session:
         """A session of its own with what is written here in some branches, or in all. Neither changes the other."""
         rows = list(range(len(self.ids)) if branches is None else branches)
         layers = None if self.layers is None else [layer.fork(rows) for layer in self.layers]
-        return replace(self, ids=self.ids[rows], begins=tuple(self.begins[row] for row in rows), layers=layers)
+        confidence = None if self.confidence is None else self.confidence[rows]
+        begins = tuple(self.begins[row] for row in rows)
+        return replace(self, ids=self.ids[rows], begins=begins, layers=layers, confidence=confidence)
 
     def join(self, other: Session) -> Session:
         """One session with the branches of both, which end at the same position.
@@ -179,7 +202,11 @@ class Session:
             layers = [a.join(b) for a, b in zip(self.layers, other.layers, strict=True)]
         elif self.layers is not None:
             layers = [PrefixCache() for _ in self.layers]
-        return replace(self, ids=ids, begins=self.begins + other.begins, final=final, layers=layers)
+        confidence = None
+        if self.confidence is not None and other.confidence is not None:
+            confidence = np.concatenate([self.confidence[:, :final], other.confidence[:, :final]])
+        begins = self.begins + other.begins
+        return replace(self, ids=ids, begins=begins, final=final, layers=layers, confidence=confidence)
 
 
 def block_mask(start: int, end: int, size: int, first: mx.array | None) -> mx.array | None:
@@ -203,7 +230,10 @@ def block_mask(start: int, end: int, size: int, first: mx.array | None) -> mx.ar
 
 
 class BatchedRunner:
-    """The branches as one batch, so that a step reads each expert's weights once; guidance on hidden states."""
+    """All branches of all pictures as one batch, so that a step reads each expert's weights once; guidance on hidden states.
+
+    The session's branches are those of the first picture, then those of the second, and so on.
+    """
 
     def __init__(self, model: LLaDA2, session: Session, guidance: Guidance, report: Report, rows: slice):
         self.model, self.session, self.guidance, self.report, self.rows = model, session, guidance, report, rows
@@ -213,30 +243,49 @@ class BatchedRunner:
         if guidance.rescale:
             _ = model.head_covariance  # made now, not in the first step
 
-    def prefill(self, tokens: mx.array, end: int) -> Generator[int, None, None]:
-        """Put finished blocks into the cache, all but the last ``PREFILL`` positions, which the next step takes along."""
+    def prefill(self, tokens: mx.array, end: int, whole: bool = False) -> Generator[int, None, None]:
+        """Put finished blocks into the cache.
+
+        Args:
+            whole: all of them; else all but the last ``PREFILL`` positions, which the next step takes along.
+        """
         session, chunk = self.session, max(PREFILL // self.size, 1) * self.size
-        while session.layers is not None and end - session.final > chunk:
-            start = session.final
-            self._run(tokens, start, start + chunk)
+        while session.layers is not None and end - session.final > (0 if whole else chunk):
+            start, stop = session.final, min(session.final + chunk, end)
+            hidden = self._run(tokens, start, stop)
             mx.async_eval([layer.arrays for layer in session.layers])
-            session.final = start + chunk
+            self._finish(hidden)
+            session.final = stop
             yield session.final
 
     def logits(self, tokens: mx.array, here: slice) -> mx.array:
-        """Guided logits of the block ``here``: [block length, rows that may be chosen]."""
+        """Guided logits of the block ``here``: [pictures, block length, rows that may be chosen]."""
         start = self.session.final if self.session.layers is not None else 0
-        hidden = self._run(tokens, start, here.stop)[:, -self.size :]
+        hidden = self._run(tokens, start, here.stop)
         if self.session.layers is not None:
+            if start < here.start:
+                self._finish(hidden[:, : here.start - start])
             self.session.final = here.start
-        self.report.head_rows += len(range(*self.rows.indices(self.model.config.vocab_size)))
-        return self.model.logits(self.guidance.combine(self.model, hidden), self.rows)
+        return self._guided(hidden[:, -self.size :])
 
     def _run(self, tokens: mx.array, start: int, end: int) -> mx.array:
         if self.span != (start, end):  # the mask is made once a block, not once a step
             self.span, self.mask = (start, end), block_mask(start, end, self.size, self.begins)
-        self.report.positions += tokens.shape[0] * (end - start)
+        self._count(tokens.shape[0], end - start, end)
         return self.model(tokens[:, start:end], start, self.mask, self.session.layers)
+
+    def _count(self, branches: int, queries: int, keys: int) -> None:
+        self.report.positions += branches * queries
+        self.report.pairs += branches * queries * keys
+
+    def _guided(self, hidden: mx.array) -> mx.array:
+        """Hidden states of the block in all branches -> guided logits of the rows that may be chosen."""
+        self.report.head_rows += len(range(*self.rows.indices(self.model.config.vocab_size)))
+        pictures = mx.unflatten(hidden, 0, (-1, len(self.guidance.coefficients)))
+        return self.model.logits(self.guidance.combine(self.model, pictures), self.rows)
+
+    def _finish(self, hidden: mx.array) -> None:
+        """Called with the hidden states of positions that become final."""
 
 
 class PlainRunner:
@@ -246,24 +295,26 @@ class PlainRunner:
         self.model, self.session, self.guidance, self.report, self.rows = model, session, guidance, report, rows
         self.size = session.block_length
 
-    def prefill(self, tokens: mx.array, end: int) -> Generator[int, None, None]:
+    def prefill(self, tokens: mx.array, end: int, whole: bool = False) -> Generator[int, None, None]:
         yield from ()
 
     def logits(self, tokens: mx.array, here: slice) -> mx.array:
         begins = enumerate(self.session.begins)
         branches = mx.stack([self._branch(tokens[i : i + 1], first, here) for i, first in begins])
-        guided = (branches * mx.array(self.guidance.coefficients)[:, None, None]).sum(axis=0)
+        branches = mx.unflatten(branches, 0, (-1, len(self.guidance.coefficients)))
+        guided = (branches * mx.array(self.guidance.coefficients)[:, None, None]).sum(axis=1)
         if self.guidance.rescale:
             std = lambda logits: mx.std(logits, axis=-1, keepdims=True, ddof=1)
-            ratio = std(branches[0]) / (std(guided) + 1e-6)
+            ratio = std(branches[:, 0]) / (std(guided) + 1e-6)
             guided = self.guidance.rescale * guided * ratio + (1 - self.guidance.rescale) * guided
-        return guided[:, self.rows]
+        return guided[..., self.rows]
 
     def _branch(self, tokens: mx.array, first: int, here: slice) -> mx.array:
         position = mx.arange(first, here.stop)
         mask = position[None] // self.size <= position[:, None] // self.size
         hidden = self.model(tokens[:, first : here.stop], mask=mask)
         self.report.positions += here.stop - first
+        self.report.pairs += (here.stop - first) ** 2
         self.report.head_rows += self.model.config.vocab_size
         # a branch may begin inside the block; what stands before its head is not looked at
         hidden = hidden[0, -self.size :]

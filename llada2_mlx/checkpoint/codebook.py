@@ -15,7 +15,7 @@ from ..errors import RequestError
 from ..vq import Origin, Pictures, VQGrid, grids_of
 from .layout import Checkpoint, visible
 
-_VECTORS = "model.vqmodel.quantize.embedding.weight"
+VECTORS = "model.vqmodel.quantize.embedding.weight"  # in the image tokenizer's file
 _SAMPLES, _SAMPLE_BYTES = 32, 2**16  # what is hashed of a table: enough to tell two trainings apart, at no cost
 
 
@@ -92,7 +92,7 @@ def _hashed(path: Path, size: int, changed: int) -> str:
             length = int.from_bytes(file.read(8), "little")
             if length > size:
                 raise ValueError("truncated")
-            stated = json.loads(file.read(length))[_VECTORS]
+            stated = json.loads(file.read(length))[VECTORS]
             begin, end = (8 + length + offset for offset in stated["data_offsets"])
             said = json.dumps([stated["dtype"], stated["shape"]]).encode()
         seen = hashlib.sha256(said + str(end - begin).encode())

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from ..files import is_hidden
+from ..files import is_hidden, is_plain
 from ..progress import OnStep, ignore
 from . import hub
 from .config import BackboneConfig
@@ -227,7 +227,7 @@ class Checkpoint:
         found = self.json(INDEX).get("weight_map")
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
             raise CheckpointError(f"{self.root / INDEX} has no usable weight_map. {hub.again(self.root / INDEX)}")
-        if outside := sorted({name for name in found.values() if not _is_plain(name)}):
+        if outside := sorted({name for name in found.values() if not is_plain(name)}):
             raise CheckpointError(
                 f"{self.root / INDEX} names {outside[0]!r}, which is no file of this model. Only files inside the "
                 f"model's folder that are not hidden are read. {hub.again(self.root / INDEX)}"
@@ -299,12 +299,6 @@ def _is_whole(path: Path, size: int, changed: int) -> bool:
                 return json.loads(file.read()) is not None
             return False
         return zipfile.is_zipfile(file) if file.read(2) == b"PK" else size > 0  # how PyTorch stores, now and formerly
-
-
-def _is_plain(name: str) -> bool:
-    """Whether an index may name this file: a relative path inside the folder, with nothing hidden on the way."""
-    plain = name and not any(character in name for character in "\\:\0")
-    return bool(plain) and all(name.split("/")) and not is_hidden(name)
 
 
 def safetensors_header(path: Path) -> dict[str, TensorInfo]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..backbone.sprint import Sprint
 from ..checkpoint.config import PRECISIONS
 from ..checkpoint.layout import BUILT_IN, Checkpoint
 from .detector import read
@@ -168,7 +169,7 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> Non
         (
             "256 x 256 picture, all stages, turbo",
             "20 s",
-            lambda: Studio(studio.checkpoint, studio.precision).draw(prompt),
+            lambda: Studio(studio.checkpoint, studio.precision, studio.sprint).draw(prompt),
         ),
         ("answer", "5 s", lambda: studio.ask(draw(scene), "What is in the picture?")),
     ):
@@ -181,10 +182,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUILT_IN, help="a model folder; the built-in one if left out")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the backbone")
     parser.add_argument("--scale", type=float, default=1.0, help="the share of the pictures to take")
-    arguments = parser.parse_args()
-    table(
-        Studio(Checkpoint(arguments.model), arguments.precision), lambda line: print(line, flush=True), arguments.scale
+    parser.add_argument(
+        "--keep-ratio", type=float, help="draw and answer with SPRINT, which keeps this much of the prefix"
     )
+    arguments = parser.parse_args()
+    sprint = None if arguments.keep_ratio is None else Sprint(arguments.keep_ratio)
+    studio = Studio(Checkpoint(arguments.model), arguments.precision, sprint)
+    table(studio, lambda line: print(line, flush=True), arguments.scale)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from PIL import Image
 
 from .. import tasks
 from ..backbone.handle import Backbone
+from ..backbone.sprint import Sprint
 from ..checkpoint.layout import BUILT_IN, Checkpoint, Part
 from ..imaging import load_part
 from ..imaging.flow import DecodeOptions
@@ -25,10 +26,13 @@ class Studio:
     Args:
         checkpoint: any model; the built-in one if left out.
         precision: of the backbone.
+        sprint: how to save work; None is exact.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None = None, precision: str = "auto") -> None:
-        self.checkpoint, self.precision = checkpoint or Checkpoint(BUILT_IN), precision
+    def __init__(
+        self, checkpoint: Checkpoint | None = None, precision: str = "auto", sprint: Sprint | None = None
+    ) -> None:
+        self.checkpoint, self.precision, self.sprint = checkpoint or Checkpoint(BUILT_IN), precision, sprint
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -56,7 +60,7 @@ class Studio:
 
     def codes(self, prompt: str, guidance: float = 2.0) -> VQGrid:
         """The codes of a picture for a prompt."""
-        return tasks.text_to_vq(self.backbone, prompt, guidance=guidance).grid
+        return tasks.text_to_vq(self.backbone, prompt, guidance=guidance, sprint=self.sprint).grid
 
     def decode(self, grid: VQGrid, turbo: bool = True) -> Image.Image:
         """The picture of a grid: turbo at 8 steps, or the full decoder at 50."""
@@ -66,7 +70,7 @@ class Studio:
     def ask(self, picture: Image.Image, question: str) -> str:
         """The answer to a question about a picture."""
         grid = self.tokenizer.encode(picture, Purpose.UNDERSTAND)
-        return tasks.understand(self.backbone, grid, question).text
+        return tasks.understand(self.backbone, grid, question, sprint=self.sprint).text
 
     def edit(self, picture: Image.Image, instruction: str) -> Image.Image:
         """A picture changed as an instruction says."""

@@ -13,8 +13,10 @@ from .folders import (
     model_of_codes,
     named,
 )
-from .graph import JOIN, check_codes, is_linked
+from .graph import JOIN, check_codes, check_one_codebook, given, is_linked
+from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
+from .preview import appearing
 from .progress import explains, progress, progress_text, readings, tell, warn
 from .validation import refusal
 
@@ -25,14 +27,22 @@ __all__ = [
     "JOIN",
     "ManagedBackbone",
     "ManagedPart",
+    "appearing",
     "backbone",
     "check_codes",
+    "check_grid",
     "check_model",
+    "check_one_codebook",
+    "check_prefix",
     "checkpoint",
     "explains",
     "fingerprint",
+    "given",
+    "grid_fingerprint",
+    "grid_names",
     "image_part",
     "is_linked",
+    "load_grid",
     "missing_packages",
     "model_names",
     "model_of_backbone",
@@ -43,6 +53,8 @@ __all__ = [
     "readings",
     "refusal",
     "repair_hint",
+    "save_grids",
+    "size_note",
     "tell",
     "warn",
 ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import folder_paths
 
+from ...llada2_mlx.checkpoint.hub import cached
 from ...llada2_mlx.checkpoint.layout import BUILT_IN as BUILT_IN_FOLDER
 from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint, Part, model_folders, resolve
 from ...llada2_mlx.errors import CheckpointError, RequestError
@@ -47,6 +48,15 @@ def checkpoint(model: str, *parts: Part) -> Checkpoint:
     if model in folders:
         return resolve(folders[model], *parts)
     return resolve(model, *parts, on_step=progress())
+
+
+def local_checkpoint(model: str) -> Checkpoint | None:
+    """What is on this machine of a model of the list, complete or not; None where nothing is. Nothing is downloaded."""
+    if model == HUB_MODEL:
+        found = cached(model)
+    else:
+        found = (_folders() | {BUILT_IN: BUILT_IN_FOLDER}).get(model)
+    return None if found is None else Checkpoint(found)
 
 
 def check_model(model: str, *parts: Part) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from comfy_execution.graph_utils import is_link
@@ -13,6 +14,7 @@ from ...llada2_mlx.checkpoint.codebook import origin, require_one_codebook
 from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint
 from ...llada2_mlx.errors import LLaDA2Error
 from .folders import CODES, checkpoint, model_names
+from .grids import LOADER, model_of_file
 
 if TYPE_CHECKING:
     from comfy_execution.graph import DynamicPrompt
@@ -22,8 +24,7 @@ JOIN = "LLaDA2JoinVQ"  # the node whose every input is used
 
 def is_linked(graph: DynamicPrompt | None, name: str) -> bool:
     """Whether the running node has a link to its input ``name``."""
-    context = get_executing_context()
-    return bool(graph and context and is_link(graph.get_node(context.node_id)["inputs"].get(name)))
+    return is_link(given(graph, name))
 
 
 def models_behind(graph: DynamicPrompt | None, name: str) -> list[list[str]]:
@@ -31,12 +32,18 @@ def models_behind(graph: DynamicPrompt | None, name: str) -> list[list[str]]:
 
     A list has several where a node of somebody else's chooses between links, and none where the graph does not say.
     """
-    context = get_executing_context()
-    if graph is None or context is None:
+    if graph is None:
         return [[]]
-    link = graph.get_node(context.node_id)["inputs"].get(name)
-    names, links = model_names(), list(_joined(graph, link)) if name == "vq" else [link]
-    return [list(dict.fromkeys(_models(graph, each, names, set()))) for each in links]
+    names, links = model_names(), [given(graph, name)]
+    if name == "vq":
+        links = list(_joined(graph, links[0]))
+    return [list(dict.fromkeys(_models(graph, link, names, set()))) for link in links]
+
+
+def given(graph: DynamicPrompt | None, name: str) -> Any:
+    """An input of the running node as the graph has it; None where it has none."""
+    context = get_executing_context()
+    return None if graph is None or context is None else graph.get_node(context.node_id)["inputs"].get(name)
 
 
 def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkpoint], object] | None = None) -> None:
@@ -61,6 +68,21 @@ def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkp
             _require_any(partial(_check_pair, maker, model) for maker in makers)
 
 
+def check_one_codebook(graph: DynamicPrompt | None, one: str, other: str) -> None:
+    """Say before the codes behind two links are made that they are of two codebooks, as far as the graph says it.
+
+    Raises:
+        LLaDA2Error: no model that can be behind the one link has the codebook of one behind the other.
+    """
+    context = get_executing_context()
+    if graph is None or context is None:
+        return
+    inputs, names = graph.get_node(context.node_id)["inputs"], model_names()
+    pairs = list(product(*(list(_models(graph, inputs.get(name), names, set())) for name in (one, other))))
+    if not any(HUB_MODEL in pair for pair in pairs):
+        _require_any(partial(_check_pair, *pair) for pair in pairs)
+
+
 def _check_pair(maker: str, model: str) -> None:
     require_one_codebook(origin(checkpoint(maker), maker), checkpoint(model))
 
@@ -78,9 +100,13 @@ def _models(graph: DynamicPrompt, link: Any, names: list[str], seen: set[str]) -
     if not is_link(link) or link[0] in seen or not graph.has_node(link[0]):
         return
     seen.add(link[0])
-    inputs = graph.get_node(link[0])["inputs"]
+    node = graph.get_node(link[0])
+    inputs = node["inputs"]
     if (model := inputs.get("model")) in names:
         yield model
+    elif node["class_type"] == LOADER:
+        if (saved := model_of_file(inputs.get("file"))) is not None:
+            yield saved
     else:  # of a node that draws, reads or encodes, the backbone says which model it is
         for each in [inputs["backbone"]] if "backbone" in inputs else inputs.values():
             yield from _models(graph, each, names, seen)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llada2_mlx.backbone import session
-from llada2_mlx.backbone.acceptance import Sampling, ThresholdAcceptance, candidates
+from llada2_mlx.backbone.acceptance import Candidates, Sampling, ThresholdAcceptance, draw_candidates
 from llada2_mlx.backbone.denoising import Draft, Method, Vocabulary, generate
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
@@ -267,7 +267,8 @@ def test_options_out_of_range_are_refused(options: dict) -> None:
 
 def accepted(probability: list[float], masked: list[bool], quota: int, threshold: float = 0.9) -> list[int]:
     acceptance = ThresholdAcceptance(quota, 1, threshold)
-    return np.flatnonzero(np.array(acceptance(mx.array([probability]), mx.array([masked]), 0))[0]).tolist()
+    found = Candidates(None, mx.array([probability]), None)
+    return np.flatnonzero(np.array(acceptance(found, mx.array([masked]), 0))[0]).tolist()
 
 
 def test_all_over_the_threshold_are_accepted() -> None:
@@ -290,14 +291,14 @@ def test_a_quota_of_nothing_still_takes_the_certain_ones() -> None:
 
 def test_the_candidate_is_the_most_probable_at_temperature_0() -> None:
     logits = mx.array([[[1.0, 3.0, 2.0]]])
-    choice, probability = candidates(logits, Sampling(top_k=1, top_p=0.1))
+    choice, probability, _ = draw_candidates(logits, Sampling(top_k=1, top_p=0.1))
     assert choice.tolist() == [[1]]
     assert probability.item() == pytest.approx(np.exp(3) / np.exp([1, 2, 3]).sum(), rel=1e-6)
 
 
 def draws(sampling: Sampling, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
     logits = mx.broadcast_to(mx.log(mx.array([[[0.5, 0.3, 0.15, 0.05]]])), (1, count, 4))
-    choice, probability = candidates(logits, sampling, [mx.random.key(1)])
+    choice, probability, _ = draw_candidates(logits, sampling, [mx.random.key(1)])
     return np.array(choice)[0], np.array(probability)[0]
 
 
@@ -333,13 +334,13 @@ def test_pictures_side_by_side_are_what_they_are_alone() -> None:
     masked = mx.array(np.random.default_rng(1).integers(0, 2, (3, 8)).astype(bool))
     keys = [mx.random.key(seed) for seed in (4, 5, 6)]
     for sampling in (Sampling(), Sampling(temperature=1.0, top_k=9, top_p=0.8)):
-        choice, probability = candidates(logits, sampling, keys)
+        together = draw_candidates(logits, sampling, keys)
         acceptance = ThresholdAcceptance(8, 3, 0.3)
-        found = acceptance(probability, masked, 1)
+        found = acceptance(together, masked, 1)
         for i in range(3):
-            alone = candidates(logits[i : i + 1], sampling, keys[i : i + 1])
-            assert alone[0].tolist() == choice[i : i + 1].tolist()
-            assert acceptance(alone[1], masked[i : i + 1], 1).tolist() == found[i : i + 1].tolist()
+            alone = draw_candidates(logits[i : i + 1], sampling, keys[i : i + 1])
+            assert alone.tokens.tolist() == together.tokens[i : i + 1].tolist()
+            assert acceptance(alone, masked[i : i + 1], 1).tolist() == found[i : i + 1].tolist()
 
 
 def test_quotas_add_up_to_a_block() -> None:

@@ -29,7 +29,7 @@ _PARTS = {
     "dense and shared MLP": (MLP, "__call__"),
     "guidance and rescale": (Guidance, "combine"),
     "output head": (LLaDA2, "logits"),
-    "candidates": (denoising, "candidates"),
+    "candidates": (denoising, "draw_candidates"),
     "acceptance": (ThresholdAcceptance, "__call__"),
 }
 

@@ -15,6 +15,7 @@ from llada2_mlx.backbone.denoising import Draft, Generation, Method, Vocabulary,
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.network import LLaDA2
+from llada2_mlx.backbone.sprint import Sprint
 from llada2_mlx.progress import Progress
 
 Job = Callable[..., Generator[Progress, None, Generation]]
@@ -47,6 +48,7 @@ class Row:
     name: str
     steps: int
     positions: int | None
+    pairs: int | None
     head_rows: int | None
     syncs: int | None
     seconds: float
@@ -87,12 +89,14 @@ def question(backbone: Backbone, codes: int = 2500, length: int = 64) -> Request
     return Request((prompt,), length, Vocabulary(tokens.mask))
 
 
-def ours(request: Request, method: Method = Method.CACHED) -> Job:
-    """The job that runs ``request`` the way that ``method`` says."""
+def ours(
+    request: Request, method: Method = Method.CACHED, sprint: Sprint | None = None, sampling: Sampling = SAMPLING
+) -> Job:
+    """The job that runs ``request`` the way that ``method`` and ``sprint`` say."""
 
     def job(network: LLaDA2) -> Generator[Progress, None, Generation]:
         draft = Draft.blank(request.branches, request.length, request.vocabulary.mask)
-        return generate(network, draft, request.vocabulary, SAMPLING, request.guidance, method)
+        return generate(network, draft, request.vocabulary, sampling, request.guidance, method, sprint=sprint)
 
     return job
 
@@ -130,7 +134,7 @@ def run(cases: list[Case], repeats: int) -> Iterator[Row]:
         report, runs = results[0].report, [result.report.seconds for result in results]
         first, here = done[0][0].ids, results[0].ids
         equal = f"{sum(a == b for a, b in zip(first, here))}/{len(first)}"
-        counts = [count or None for count in (report.positions, report.head_rows, report.syncs)]
+        counts = [count or None for count in (report.positions, report.pairs, report.head_rows, report.syncs)]
         yield Row(case.name, report.steps, *counts, statistics.median(runs), statistics.median(cpu), runs, equal)
 
 

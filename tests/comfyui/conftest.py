@@ -11,6 +11,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from client import PACK, ROOT, Comfy, serve
@@ -70,3 +71,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def comfy(comfyui: tuple[Path, Path], base: Path) -> Iterator[Comfy]:
     with serve(*comfyui, base) as client:
         yield client
+
+
+@pytest.fixture
+def unique(request: pytest.FixtureRequest) -> str:
+    """A prompt that no other test draws, so that nothing of it is cached, in words that the toy knows."""
+    return f"A red circle. ({crc32(request.node.name.encode())})"

@@ -3,7 +3,9 @@
 Arguments: the pack's folder, a base directory with a model named "large". The current directory is ComfyUI's.
 """
 
+import ctypes
 import gc
+import sys
 
 import mlx.core as mx
 import psutil
@@ -14,8 +16,10 @@ from comfy.model_patcher import ModelPatcher  # isort: skip  # there since memor
 
 
 def memory() -> int:
-    """Bytes of this process that are in memory."""
+    """Bytes of this process that are in memory, without what its allocator keeps for later."""
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss
 
 
