@@ -49,8 +49,8 @@ FLOORS = (
     {"backbone", "imaging"},
     {"prompts"},
     {"tasks"},
-    {"story"},
-    {"shapes"},
+    {"chat", "story"},
+    {"shapes", "terminal"},
     {"cli"},
 )
 
