@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -13,6 +13,7 @@ from .world import (
     Colour,
     Kind,
     Pattern,
+    Place,
     Scene,
     Shape,
     random_background,
@@ -21,7 +22,7 @@ from .world import (
 
 _Asked = tuple[str, str, tuple[Shape, ...]]  # question, answer, what it is about
 
-NUMBERS = ("zero", "one", "two", "three")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 
 class Topic(Enum):
@@ -70,17 +71,46 @@ def caption(scene: Scene, rng: random.Random, with_background: bool | None = Non
     shapes = list(scene.shapes)
     if rng.random() < 0.3:
         rng.shuffle(shapes)
-    text = _listed([_placed(shape, sized, rng) for shape in shapes])
+    text = listed([_placed(shape, sized, rng) for shape in shapes])
     if with_background if with_background is not None else rng.random() < 0.7:
         text += rng.choice([", ", " "]) + "on " + _background(scene.background, rng)
     text = rng.choice(["", "", "", "A picture of ", "Draw "]) + text
     return text[0].upper() + text[1:] + rng.choice([".", ""])
 
 
+def placeless(shapes: Sequence[Shape], rng: random.Random) -> str:
+    """A prompt for shapes, wherever they may be: ``A red circle``."""
+    sized = rng.random() < 0.3
+    text = rng.choice(["", "", "", "A picture of ", "Draw "]) + listed([_named(shape, sized) for shape in shapes])
+    return text[0].upper() + text[1:] + rng.choice([".", ""])
+
+
+def plan(scene: Scene) -> str:
+    """The one plan of a scene that counts as right: ``Circle, red, top left. Star, blue, bottom right.``"""
+    said = [f"{shape.kind.value}, {shape.colour.value}, {shape.place.value}." for shape in scene.shapes]
+    return " ".join(sentence.capitalize() for sentence in said)
+
+
+def read_plan(text: str) -> set[tuple[Kind, Colour, Place]] | None:
+    """What a plan says is to be drawn, as ``Scene.layout``; None where it is no plan."""
+    found = set()
+    for sentence in text.lower().split(". "):
+        try:
+            kind, colour, place = sentence.rstrip(".").split(", ")
+            found.add((Kind(kind), Colour(colour), Place(place)))
+        except ValueError:
+            return None
+    return found
+
+
 def describe(scene: Scene) -> str:
     """The one description of a scene that counts as right."""
-    shapes = _listed([f"{_named(shape)} in the {shape.place.value}" for shape in scene.shapes])
-    return f"{shapes}, on {_background(scene.background)}.".capitalize()
+    return f"{placed(scene)}, on {_background(scene.background)}.".capitalize()
+
+
+def placed(scene: Scene) -> str:
+    """The shapes of a scene with their places, in one wording."""
+    return listed([f"{_named(shape)} in the {shape.place.value}" for shape in scene.shapes])
 
 
 def question(scene: Scene, topic: Topic, rng: random.Random) -> Question:
@@ -99,7 +129,8 @@ def article(word: str) -> str:
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
-def _listed(parts: list[str]) -> str:
+def listed(parts: list[str]) -> str:
+    """Parts of a sentence: ``a, b and c``."""
     return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
 
 
@@ -133,7 +164,7 @@ def _unique(scene: Scene, key: Callable[[Shape], object]) -> list[Shape]:
     return [shape for shape in scene.shapes if values.count(key(shape)) == 1]
 
 
-def _reference(scene: Scene, shape: Shape, rng: random.Random) -> str:
+def reference(scene: Scene, shape: Shape, rng: random.Random) -> str:
     """Words that mean this shape and no other of the scene."""
     ways = [f"the {shape.kind.value} in the {shape.place.value}", f"the shape in the {shape.place.value}"]
     if shape in _unique(scene, lambda s: s.kind):
@@ -230,7 +261,7 @@ def _recolour(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
         ]
     )
     changed = [replace(s, colour=colour) if s is shape else s for s in scene.shapes]
-    return wording.format(_reference(scene, shape, rng), colour.value), scene.with_shapes(*changed)
+    return wording.format(reference(scene, shape, rng), colour.value), scene.with_shapes(*changed)
 
 
 def _remove(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
@@ -238,9 +269,7 @@ def _remove(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
         return None
     shape = rng.choice(scene.shapes)
     wording = rng.choice(["Remove {}.", "Delete {}.", "Take away {}."])
-    return wording.format(_reference(scene, shape, rng)), scene.with_shapes(
-        *(s for s in scene.shapes if s is not shape)
-    )
+    return wording.format(reference(scene, shape, rng)), scene.with_shapes(*(s for s in scene.shapes if s is not shape))
 
 
 def _add(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
@@ -255,7 +284,7 @@ def _move(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:
     shape, place = rng.choice(scene.shapes), rng.choice(scene.free())
     wording = rng.choice(["Move {} to the {}.", "Put {} into the {} corner.", "Shift {} to the {}."])
     moved = [replace(s, place=place) if s is shape else s for s in scene.shapes]
-    return wording.format(_reference(scene, shape, rng), place.value), scene.with_shapes(*moved)
+    return wording.format(reference(scene, shape, rng), place.value), scene.with_shapes(*moved)
 
 
 def _change_background(scene: Scene, rng: random.Random) -> tuple[str, Scene] | None:

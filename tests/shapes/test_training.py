@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,10 +19,10 @@ from llada2_mlx.checkpoint.layout import Checkpoint, Part
 from llada2_mlx.imaging import load_part
 from llada2_mlx.progress import Progress
 from llada2_mlx.shapes.grammar import Change, Question, Topic, edit
-from llada2_mlx.shapes.training import backbone, data, decoder, export, loop, tokenizer
+from llada2_mlx.shapes.training import backbone, curriculum, data, decoder, export, further, loop, packed, tokenizer
 from llada2_mlx.shapes.training.network import Network
 from llada2_mlx.shapes.training.pixels import drawn
-from llada2_mlx.shapes.training.text import sentences
+from llada2_mlx.shapes.training.text import add_words, further_sentences, sentences
 from llada2_mlx.shapes.world import (
     Background,
     Colour,
@@ -59,18 +60,35 @@ def network() -> Network:
 
 
 @pytest.fixture(scope="module")
-def curriculum(folder: Path) -> backbone.Curriculum:
+def lessons(folder: Path) -> curriculum.Curriculum:
     rng = random.Random(0)
     codes = lambda side: [[rng.randrange(tokenizer.CODES) for _ in range(side)] for _ in range(side)]
     examples = []
     for scene in islice(scenes("test", test=False), 20):
         made = edit(scene, Change.RECOLOUR, rng)
-        examples.append(backbone.Example(scene, codes(8), codes(16), made.instruction, made.result, codes(8)))
-    return backbone.Curriculum(Tokens(Checkpoint(folder)), examples)
+        examples.append(curriculum.Example(scene, codes(8), codes(16), made.instruction, made.result, codes(8)))
+    return curriculum.Curriculum(Tokens(Checkpoint(folder)), examples)
+
+
+@pytest.fixture(scope="module")
+def further_lessons(folder: Path, tmp_path_factory: pytest.TempPathFactory, lessons) -> further.FurtherCurriculum:
+    """With the words of the further tasks, and with codes that are random."""
+    rng = random.Random(1)
+    codes = lambda: [[rng.randrange(tokenizer.CODES) for _ in range(8)] for _ in range(8)]
+    own = tmp_path_factory.mktemp("words")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, own)
+    add_words(own / "tokenizer.json", backbone.TEXT_IDS, further_sentences(300))
+    material = further.Material(
+        [further.Unplaced(shapes, scene, codes()) for shapes, scene in islice(further.unplaced("test"), 10)],
+        [further.Loaned(both, made, (codes(), codes(), codes())) for both, made in islice(further.loans("test"), 10)],
+        [further.Told(tale, tuple(codes() for _ in tale.scenes)) for tale in islice(further.tales("test"), 10)],
+    )
+    return further.FurtherCurriculum(Tokens(Checkpoint(own)), lessons.examples, material)
 
 
 def block_causal(positions: torch.Tensor) -> torch.Tensor:
-    block = positions // backbone.BLOCK
+    block = positions // packed.BLOCK
     return (block[None] <= block[:, None])[None]
 
 
@@ -91,27 +109,27 @@ def test_the_trainer_and_mlx_compute_the_same(folder: Path, network: Network) ->
     assert torch.allclose(logits, network.lm_head(hidden), atol=2e-4)
 
 
-@pytest.mark.parametrize("task", backbone.BATCHES)
+@pytest.mark.parametrize("task", [*curriculum.BATCHES, *further.SIZES])
 @torch.no_grad()
-def test_a_noisy_copy_sees_what_generation_will_see(curriculum, network: Network, task: str) -> None:
+def test_a_noisy_copy_sees_what_generation_will_see(further_lessons, network: Network, task: str) -> None:
     """Each masked block of a batch gives what it gives alone, after its clean tokens in one plain sequence."""
-    batch = curriculum.batch(task, random.Random(1))
+    batch = further_lessons.batch(task, random.Random(1))
     hidden = network(batch["ids"], batch["positions"], batch["mask"])
-    mask_id, checked = curriculum.tokens.mask, 0
-    for row in range(2):
+    mask_id, checked = further_lessons.tokens.mask, 0
+    for row in range(min(3, len(batch["ids"]))):
         ids, positions, targets = (batch[name][row] for name in ("ids", "positions", "targets"))
         starts = [
             i
             for i in range(len(ids))
-            if positions[i] % backbone.BLOCK == 0 and (targets[i : i + backbone.BLOCK] >= 0).any()
+            if positions[i] % packed.BLOCK == 0 and (targets[i : i + packed.BLOCK] >= 0).any()
         ]
         for start in starts:
-            own = slice(start, start + backbone.BLOCK)
+            own = slice(start, start + packed.BLOCK)
             seen = batch["mask"][row, start].nonzero().flatten()
             order = positions[seen].argsort()
             seen = seen[order]
             begin, before = int(positions[seen[0]]), int(positions[start])
-            assert positions[seen].tolist() == list(range(begin, before + backbone.BLOCK))  # each position once
+            assert positions[seen].tolist() == list(range(begin, before + packed.BLOCK))  # each position once
             plain, before = ids[seen], before - begin
             assert (plain[before:] == ids[own]).all() and mask_id not in plain[:before]
             alone = network(plain[None], positions[seen][None], block_causal(positions[seen]))[0]
@@ -120,18 +138,18 @@ def test_a_noisy_copy_sees_what_generation_will_see(curriculum, network: Network
     assert checked >= 4
 
 
-def test_what_is_learned_is_the_response_and_only_where_it_is_masked(curriculum) -> None:
-    for task in backbone.BATCHES:
-        batch = curriculum.batch(task, random.Random(2))
+def test_what_is_learned_is_the_response_and_only_where_it_is_masked(lessons) -> None:
+    for task in curriculum.BATCHES:
+        batch = lessons.batch(task, random.Random(2))
         learned = batch["targets"] >= 0
-        assert learned.any() and (batch["ids"][learned] == curriculum.tokens.mask).all()
+        assert learned.any() and (batch["ids"][learned] == lessons.tokens.mask).all()
         text = batch["targets"][learned] < backbone.TEXT_IDS
         assert text.all() if task.startswith("ask") else not text.any()
 
 
-def test_an_edit_is_told_to_look_at_the_same_place_of_its_source(curriculum) -> None:
-    example = replace(curriculum.examples[0], changed=curriculum.examples[0].small)  # nothing changes
-    for sequence in curriculum._edit(example, random.Random(5))[:2]:
+def test_an_edit_is_told_to_look_at_the_same_place_of_its_source(lessons) -> None:
+    example = replace(lessons.examples[0], changed=lessons.examples[0].small)  # nothing changes
+    for sequence in lessons._edit(example, random.Random(5))[:2]:
         told = [index for index, source in enumerate(sequence.sources) if source >= 0 and sequence.targets[index] >= 0]
         assert len(told) > 10
         for index in told:
@@ -139,78 +157,78 @@ def test_an_edit_is_told_to_look_at_the_same_place_of_its_source(curriculum) -> 
             assert sequence.cells[sequence.sources[index]] == sequence.cells[index]
 
 
-def test_a_masked_code_is_told_what_it_will_be_part_of(curriculum) -> None:
-    example = curriculum.examples[0]
-    (sequence,) = curriculum._draw(example, random.Random(1))
+def test_a_masked_code_is_told_what_it_will_be_part_of(lessons) -> None:
+    example = lessons.examples[0]
+    (sequence,) = lessons._draw(example, random.Random(1))
     told = [index for index, name in enumerate(sequence.names) if name >= 0 and sequence.targets[index] >= 0]
     assert len(told) > 10
     for index in told:
         shape = example.scene.at(place(sequence.cells[index], 8))
         if sequence.names[index]:
-            assert sequence.names[index] == backbone._name(shape)
+            assert sequence.names[index] == curriculum.shape_class(shape)
         else:  # beside a shape, or there is none
-            row, column = divmod(sequence.cells[index], backbone.SIDES)
+            row, column = divmod(sequence.cells[index], packed.SIDES)
             assert shape is None or {row % 4, column % 4} & {0, 3}
 
 
-def test_a_code_that_is_drawn_is_told_to_look_at_the_words_for_its_place(curriculum) -> None:
-    tokens, checked = curriculum.tokens, 0
-    for example, seed in zip(curriculum.examples, range(5), strict=False):
-        (sequence,) = curriculum._draw(example, random.Random(seed))
+def test_a_code_that_is_drawn_is_told_to_look_at_the_words_for_its_place(lessons) -> None:
+    tokens, checked = lessons.tokens, 0
+    for example, seed in zip(lessons.examples, range(5), strict=False):
+        (sequence,) = lessons._draw(example, random.Random(seed))
         words = once(sequence, lambda part: part)
         assert len(words) in (0, len(example.scene.shapes))
         for index in words:
             shape = example.scene.at(list(Place)[sequence.parts[index].bit_length() - 1])
             assert tokens.decode(sequence.ids[: index + 1]).endswith(shape.place.value)
-            assert sequence.names[index] == backbone._name(shape)
+            assert sequence.names[index] == curriculum.shape_class(shape)
         for index, cell in enumerate(sequence.cells):
             shape = example.scene.at(place(cell, 8)) if cell >= 0 else None
-            assert sequence.asks[index] == (backbone.PARTS[shape.place] if shape else 0)
+            assert sequence.asks[index] == (packed.PARTS[shape.place] if shape else 0)
             checked += bool(shape)
     assert checked > 100
 
 
 @pytest.mark.parametrize(("task", "side"), [("_ask", 16), ("_ask_small", 8)])
-def test_an_answer_is_told_to_look_at_what_it_is_about(curriculum, task: str, side: int) -> None:
-    example = curriculum.examples[0]
-    (sequence,) = getattr(curriculum, task)(example, random.Random(3))
+def test_an_answer_is_told_to_look_at_what_it_is_about(lessons, task: str, side: int) -> None:
+    example = lessons.examples[0]
+    (sequence,) = getattr(lessons, task)(example, random.Random(3))
     for index, cell in enumerate(sequence.cells):
         if sequence.parts[index]:
             shape = example.scene.at(place(cell, side))
-            assert sequence.parts[index] == backbone.PARTS[shape.place]
-            assert sequence.names[index] == backbone._name(shape)
+            assert sequence.parts[index] == packed.PARTS[shape.place]
+            assert sequence.names[index] == curriculum.shape_class(shape)
     asking = [index for index, ask in enumerate(sequence.asks) if ask]
-    shapes = sum(backbone.PARTS[shape.place] for shape in example.scene.shapes)
+    shapes = sum(packed.PARTS[shape.place] for shape in example.scene.shapes)
     assert asking and all(sequence.asks[index] & ~shapes == 0 and sequence.cells[index] < 0 for index in asking)
     for index in asking:  # the words of a description are about one shape each
-        target = curriculum.tokens.decode([sequence.targets[index]]).strip() if sequence.targets[index] >= 0 else ""
+        target = lessons.tokens.decode([sequence.targets[index]]).strip() if sequence.targets[index] >= 0 else ""
         if sequence.groups[index] == 1 and target in [kind.value for kind in Kind]:
             about = example.scene.at(list(Place)[sequence.asks[index].bit_length() - 1])
             assert target == about.kind.value
 
 
 @pytest.mark.parametrize("change", Change)
-def test_an_edit_is_told_to_look_at_its_instruction_where_something_changes(curriculum, change: Change) -> None:
+def test_an_edit_is_told_to_look_at_its_instruction_where_something_changes(lessons, change: Change) -> None:
     rng = random.Random(0)
     made = None
     while made is None:
         scene = next(scenes(rng.random()))
         made = edit(scene, change, rng)
-    codes = curriculum.examples[0].small
-    example = backbone.Example(scene, codes, codes, made.instruction, made.result, codes)
-    sequence = curriculum._edit(example, rng)[0]
+    codes = lessons.examples[0].small
+    example = curriculum.Example(scene, codes, codes, made.instruction, made.result, codes)
+    sequence = lessons._edit(example, rng)[0]
     changed = {at for at in Place if scene.at(at) != made.result.at(at)} or set(Place)
     assert len(changed) == {"move": 2, "background": 4}.get(change.value, 1)
     for index, cell in enumerate(sequence.cells):
         if sequence.sources[index] >= 0:  # a noisy code of the result
-            assert (sequence.asks[index] == backbone.INSTRUCTION) == (place(cell, 8) in changed)
-    (last,) = once(sequence, lambda part: part == backbone.INSTRUCTION)
-    assert curriculum.tokens.decode(sequence.ids[: last + 1]).endswith(made.instruction)
-    before = sum(backbone.PARTS[at] for at in changed if change is not Change.BACKGROUND and scene.at(at))
+            assert (sequence.asks[index] == packed.INSTRUCTION) == (place(cell, 8) in changed)
+    (last,) = once(sequence, lambda part: part == packed.INSTRUCTION)
+    assert lessons.tokens.decode(sequence.ids[: last + 1]).endswith(made.instruction)
+    before = sum(packed.PARTS[at] for at in changed if change is not Change.BACKGROUND and scene.at(at))
     assert sequence.asks[last] == before
 
 
-def once(sequence: backbone.Packed, told) -> list[int]:
+def once(sequence: packed.Packed, told) -> list[int]:
     """The first token at each position whose part is told of; a noisy copy may hold the prompt's end again."""
     indices = [index for index, part in enumerate(sequence.parts) if told(part)]
     return [
@@ -221,18 +239,18 @@ def once(sequence: backbone.Packed, told) -> list[int]:
 
 
 def place(cell: int, side: int) -> Place:
-    row, column = divmod(cell, backbone.SIDES)
+    row, column = divmod(cell, packed.SIDES)
     return list(Place)[2 * row // side * 2 + 2 * column // side]
 
 
-def test_branches_begin_where_generation_lets_them_begin(curriculum) -> None:
+def test_branches_begin_where_generation_lets_them_begin(lessons) -> None:
     """A branch without its text ends where the conditional one does, so that their blocks are the same."""
-    tokens, rng = curriculum.tokens, random.Random(0)
-    example, without = curriculum.examples[0], 0
+    tokens, rng = lessons.tokens, random.Random(0)
+    example, without = lessons.examples[0], 0
     for _ in range(200):
-        branches = curriculum._edit(example, rng)
+        branches = lessons._edit(example, rng)
         assert [sequence.branch for sequence in branches] in ([0, 1], [0, 1, 2])
-        prompt = prompts.edit(tokens, backbone._grid(example.small), example.instruction)
+        prompt = prompts.edit(tokens, curriculum.grid_of(example.small), example.instruction)
         first = Session.begin(prompt.branches, 32, None).begins
         for sequence, branch, begin in zip(branches, prompt.branches, first, strict=False):
             assert sequence.begin == sequence.positions[0] == begin
@@ -247,29 +265,29 @@ def test_branches_begin_where_generation_lets_them_begin(curriculum) -> None:
         without += len(branches) == 3
     assert 5 < without < 45
     unconditional = prompts.text_to_image(tokens, "any", 8, 8).branches[1]
-    drawn = [curriculum._draw(example, rng)[0] for _ in range(200)]
+    drawn = [lessons._draw(example, rng)[0] for _ in range(200)]
     begun = [sequence for sequence in drawn if sequence.begin]
     assert 5 < len(begun) < 45
     assert all(sequence.ids[: len(unconditional)] == unconditional for sequence in begun)
 
 
 @pytest.mark.parametrize("change", Change)
-def test_what_an_edit_only_copies_may_be_anything(curriculum, change: Change) -> None:
+def test_what_an_edit_only_copies_may_be_anything(lessons, change: Change) -> None:
     rng = random.Random(0)
     made = ((scene, edit(scene, change, rng)) for scene in scenes("any", test=False) if len(scene.shapes) > 1)
     scene, made = next((scene, made) for scene, made in made if made)
     codes = lambda: [[rng.randrange(tokenizer.CODES) for _ in range(8)] for _ in range(8)]
-    example = backbone.Example(scene, codes(), codes(), made.instruction, made.result, codes())
-    scrambled = backbone._scrambled(example, rng)
+    example = curriculum.Example(scene, codes(), codes(), made.instruction, made.result, codes())
+    scrambled = curriculum.scrambled(example, rng)
     flat = lambda grid: [code for row in grid for code in row]
     before, after, old, new = map(flat, (scrambled.small, scrambled.changed, example.small, example.changed))
     # a code that may be anything is the same before and after, and all others are as they were
     assert [before[i] == old[i] or i in scrambled.any_before for i in range(64)] == [True] * 64
     assert [after[i] == new[i] or i in scrambled.any_after for i in range(64)] == [True] * 64
-    moves = backbone._moves(example, 8)
+    moves = curriculum.moves(example.scene, example.result, 8)
     assert [before[moves.get(i, i)] for i in scrambled.any_after] == [after[i] for i in scrambled.any_after]
     assert bool(scrambled.any_after) == (change is not Change.BACKGROUND)
-    at = [place(index // 8 * backbone.SIDES + index % 8, 8) for index in range(64)]
+    at = [place(index // 8 * packed.SIDES + index % 8, 8) for index in range(64)]
     stays = {shape.place for shape in scene.shapes} & {
         shape.place for shape in made.result.shapes if shape in scene.shapes
     }
@@ -277,18 +295,18 @@ def test_what_an_edit_only_copies_may_be_anything(curriculum, change: Change) ->
     assert bool(moves) == (change is Change.MOVE)
 
 
-def test_a_code_that_moves_is_told_where_it_was(curriculum) -> None:
+def test_a_code_that_moves_is_told_where_it_was(lessons) -> None:
     shape = Shape(Kind.CIRCLE, Colour.RED, Place.TOP_LEFT, Size.LARGE)
     scene = Scene((shape,), Background(Pattern.PLAIN, Tone.WHITE))
     result = Scene((replace(shape, place=Place.BOTTOM_RIGHT),), scene.background)
     codes = [[8 * row + column for column in range(8)] for row in range(8)]
     after = [[512 + code for code in row] for row in codes]
-    example = backbone.Example(scene, codes, codes, "Move the circle to the bottom right.", result, after)
+    example = curriculum.Example(scene, codes, codes, "Move the circle to the bottom right.", result, after)
     told = 0
-    for sequence in curriculum._edit(example, random.Random(0))[:2]:
+    for sequence in lessons._edit(example, random.Random(0))[:2]:
         for token, moved in enumerate(sequence.moved):
             if moved >= 0:
-                row, column = divmod(sequence.cells[token], backbone.SIDES)
+                row, column = divmod(sequence.cells[token], packed.SIDES)
                 assert sequence.ids[moved] == backbone.TEXT_IDS + codes[row - 4][column - 4] and sequence.noisy[token]
                 told += 1
     assert told == 2 * 16
@@ -297,7 +315,7 @@ def test_a_code_that_moves_is_told_where_it_was(curriculum) -> None:
 def test_no_question_teaches_that_a_held_out_shape_is_never_there() -> None:
     circle = Shape(Kind.CIRCLE, Colour.BLUE, Place.TOP_LEFT, Size.LARGE)
     scene = Scene((circle,), Background(Pattern.PLAIN, Tone.WHITE))
-    fair = lambda text, answer="no": backbone._fair(Question(Topic.EXISTENCE, text, answer, ()), scene)
+    fair = lambda text, answer="no": curriculum.fair(Question(Topic.EXISTENCE, text, answer, ()), scene)
     assert held_out_shape(Kind.CIRCLE, Colour.RED, Place.TOP_LEFT)
     assert not fair("Is there a red circle?")
     assert not held_out_shape(Kind.CIRCLE, Colour.GREEN, Place.TOP_LEFT)

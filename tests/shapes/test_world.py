@@ -153,5 +153,5 @@ def test_an_edit_changes_what_it_says_and_nothing_else(change: Change) -> None:
 def test_a_reference_means_one_shape() -> None:
     rng = random.Random(0)
     scene = scene_of((Kind.STAR, Colour.RED, Place.TOP_LEFT), (Kind.STAR, Colour.BLUE, Place.TOP_RIGHT))
-    said = {grammar._reference(scene, scene.shapes[0], rng) for _ in range(100)}
+    said = {grammar.reference(scene, scene.shapes[0], rng) for _ in range(100)}
     assert "the star" not in said and {"the red star", "the star in the top left"} <= said

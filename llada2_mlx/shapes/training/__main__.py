@@ -5,20 +5,28 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from ...checkpoint.layout import BUILT_IN, Checkpoint
 from ...tokens import Tokens
 from ..world import SIDE, SUMMARY
 from . import backbone, data, decoder, export, text, tokenizer, vae
-from .loop import train
+from .curriculum import Curriculum, Example
+from .further import FurtherCurriculum
+from .loop import averaged, train
 
 SEED = 0
 SIZES = {"drawing": SIDE, "understanding": SIDE, "editing": tokenizer.SMALL, "upscale": 2}  # pixels, and a factor
-STAGES = ("text", "tokenizer", "vae", "data", "decoder", "turbo", "backbone")
+STAGES = ("text", "tokenizer", "vae", "data", "decoder", "turbo", "backbone", "further")
+STAGES_HELP = (
+    "all if left out. `further` alone begins with the checkpoint in --out, of which nothing else has to be kept; `snapshot` "
+    "writes what it has learned so far as a whole checkpoint into another --out, to be measured"
+)
 
 
 def main() -> None:
@@ -26,27 +34,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="where states and data are kept")
     parser.add_argument("--out", type=Path, default=BUILT_IN, help="the checkpoint to write")
-    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES, help="all if left out")
+    parser.add_argument("--stages", nargs="*", choices=(*STAGES, "snapshot"), default=STAGES, help=STAGES_HELP)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="of the further training; it may be changed between two calls")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    training = Training(arguments.work, arguments.out)
+    training = Training(arguments.work, arguments.out, arguments.steps)
     for stage in arguments.stages:
         began = time.monotonic()
         getattr(training, stage)()
         _say(f"{stage}: {(time.monotonic() - began) / 60:.1f} minutes")
     logs = arguments.out / "training"
     logs.mkdir(exist_ok=True)
-    for log in arguments.work.glob("*.tsv"):
+    for log in arguments.work.glob("**/*.tsv"):
         shutil.copy(log, logs)
 
 
 class Training:
     """The stages in their order. Each reads what the ones before it left in ``work``, and writes its part of ``out``."""
 
-    def __init__(self, work: Path, out: Path) -> None:
-        self.work, self.out = work, out
+    def __init__(self, work: Path, out: Path, steps: int | None = None) -> None:
+        self.work, self.out, self.steps = work, out, steps
 
     def text(self) -> None:
         """The config and the text tokenizer."""
@@ -88,10 +97,63 @@ class Training:
         learner = backbone.Learner()
         learner.begin_with(self._tokenizer.book(backbone.CONFIG.hidden_size))
         for name, stage in backbone.STAGES.items():
-            curriculum = backbone.Curriculum(tokens, self._examples, stage.scrambled)
+            lessons = Curriculum(tokens, self._examples, stage.scrambled)
             learner.requires_grad_(True)
-            learner = self._train(name, learner, backbone.losses(learner, curriculum, stage.turns), stage.schedule)
+            learner = self._train(name, learner, backbone.losses(learner, lessons, stage.turns), stage.schedule)
         export.write_backbone(self.out, learner.network.state_dict())
+
+    def further(self) -> None:
+        """What the backbone learns after that, from a checkpoint alone: its words, its pictures as codes, its weights."""
+        lessons, learner = self._begin_further()
+        for name, stage in self._further_stages().items():
+            learner.requires_grad_(True)
+            learner.network.requires_grad_(name != "backbone-heads")
+            of = backbone.losses(learner, lessons, stage.turns)
+            learner = train(name, learner, of, stage.schedule, self._further, _say)
+            lessons.scrambled = stage.scrambled
+        export.write_backbone(self.out, learner.network.state_dict())
+        shutil.copy(self._further / "tokenizer.json", self.out)
+
+    def snapshot(self) -> None:
+        """A whole checkpoint in ``out`` with what has been learned further so far."""
+        if self.out.resolve() == BUILT_IN.resolve():
+            raise SystemExit("A snapshot would overwrite the built-in model. Name another folder with --out.")
+        shutil.copytree(BUILT_IN, self.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("mlx-*"))
+        (name,) = (name for name in backbone.FURTHER if name != "backbone-heads")
+        learner, steps = averaged(name, backbone.Learner(), self._further)
+        export.write_backbone(self.out, learner.network.state_dict())
+        shutil.copy(self._further / "tokenizer.json", self.out)
+        _say(f"after {steps} steps: {self.out}")
+
+    @property
+    def _further(self) -> Path:
+        return self.work / "further"
+
+    def _further_stages(self) -> dict[str, backbone.Stage]:
+        stages = dict(backbone.FURTHER)
+        if self.steps:
+            stages["backbone-sixth"] = replace(
+                stages["backbone-sixth"], schedule=replace(stages["backbone-sixth"].schedule, steps=self.steps)
+            )
+        return stages
+
+    def _begin_further(self) -> tuple[FurtherCurriculum, backbone.Learner]:
+        """The lessons, and a learner with the weights of ``out``."""
+        torch.manual_seed(SEED)
+        self._further.mkdir(exist_ok=True)
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(self.out / name, self._further)
+        words = text.add_words(self._further / "tokenizer.json", backbone.TEXT_IDS, text.further_sentences())
+        encoder = tokenizer.Tokenizer().load_published(self.out / "image_tokenizer/image_tokenizer.safetensors")
+        examples = data.examples(self._further, encoder, _say)
+        lessons = FurtherCurriculum(
+            Tokens(Checkpoint(self._further)), examples, data.material(self._further, encoder, _say)
+        )
+        learner = backbone.Learner()
+        weights = load_file(self.out / "model.safetensors")
+        learner.network.load_state_dict({name: value.float() for name, value in weights.items()})
+        learner.begin_words(words)
+        return lessons, learner
 
     def _train(self, name: str, module: torch.nn.Module, losses, schedule) -> torch.nn.Module:
         return train(name, module, losses, schedule, self.work, _say)
@@ -124,7 +186,7 @@ class Training:
         return self._train("decoder", module, decoder.picture_losses(module, *self._pictures), decoder.PICTURES)
 
     @cached_property
-    def _examples(self) -> list[backbone.Example]:
+    def _examples(self) -> list[Example]:
         return data.examples(self.work, self._tokenizer, _say)
 
     @cached_property

@@ -13,12 +13,14 @@ from torch.nn import functional as F
 from ...files import replacing
 from ..grammar import Change, Edit, edit
 from ..world import Scene, held_out, scenes
-from .backbone import Example
+from .curriculum import Example
+from .further import Loaned, Material, Told, Unplaced, loans, tales, unplaced
 from .pixels import drawn
 from .tokenizer import SMALL, Tokenizer
 from .vae import Autoencoder
 
 EXAMPLES = 16000  # for the backbone
+UNPLACED, LOANS, TALES = 3000, 5000, 6000  # for what it learns further
 PICTURES = 5000  # for the decoder
 BATCH = 50
 
@@ -40,6 +42,28 @@ def examples(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> 
             told, *(made_codes[name].tolist() for name in ("small", "large", "changed")), strict=True
         )
     ]
+
+
+def material(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> Material:
+    """What the backbone learns further; its codes are kept in ``folder``."""
+    alone = list(islice(unplaced("unplaced"), UNPLACED))
+    lent, told = list(islice(loans("loans"), LOANS)), list(islice(tales("tales"), TALES))
+    pictures = [
+        *(scene for _, scene in alone),
+        *(scene for both, made in lent for scene in (*both, made.result)),
+        *(scene for each in told for scene in each.scenes),
+    ]
+
+    def encode(start: int) -> dict[str, torch.Tensor]:
+        return {"codes": tokenizer.encode(halved(drawn(pictures[start : start + BATCH]))).short()}
+
+    made_codes = iter(_made(folder / "material.pt", len(pictures), encode, say)["codes"].tolist())
+    take = lambda count: tuple(islice(made_codes, count))
+    return Material(
+        [Unplaced(shapes, scene, *take(1)) for shapes, scene in alone],
+        [Loaned(both, made, take(3)) for both, made in lent],
+        [Told(each, take(len(each.scenes))) for each in told],
+    )
 
 
 def latents(folder: Path, vae: Autoencoder, say: Callable[[str], None]) -> torch.Tensor:

@@ -89,6 +89,17 @@ def train(
     return module.eval().requires_grad_(False)
 
 
+def averaged(name: str, module: nn.Module, folder: Path) -> tuple[nn.Module, int]:
+    """The module as a stage has it so far, and after how many steps.
+
+    Raises:
+        FileNotFoundError: the stage has kept nothing yet.
+    """
+    state = torch.load(folder / f"{name}.pt", weights_only=True)
+    module.load_state_dict(state["averaged"])
+    return module.eval().requires_grad_(False), state["step"]
+
+
 @torch.no_grad()
 def _average(averaged: dict[str, torch.Tensor], module: nn.Module, weight: float) -> None:
     for key, value in module.state_dict().items():

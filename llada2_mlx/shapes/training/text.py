@@ -10,7 +10,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ..grammar import Change, Topic, caption, edit, question
+from ...files import replacing
+from ..grammar import Change, Topic, caption, edit, placeless, plan, question
+from ..several import MOST_PICTURES, About, Loan, borrowing, pair_question, tale
 from ..world import scenes
 
 SPECIAL = (
@@ -22,6 +24,11 @@ SYSTEM = (
     "SYSTEM", "HUMAN", "ASSISTANT", "<uncondition>",
     " You are a text-to-image generation assistant. ", " You are an image editing assistant. ",
 )  # fmt: skip
+
+FURTHER_SYSTEM = (
+    " You are a text-to-image generation assistant with a thinking process. ",
+    " You are a interleaved generation assistant. ",
+)
 
 
 def write_tokenizer(folder: Path, text_ids: int, sentences: Iterable[str] = ()) -> None:
@@ -49,6 +56,64 @@ def write_tokenizer(folder: Path, text_ids: int, sentences: Iterable[str] = ()) 
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def add_words(path: Path, text_ids: int, sentences: Iterable[str]) -> dict[int, list[int]]:
+    """Make each word of ``sentences`` one token of a ``tokenizer.json``, at ids that were free. No id of it changes.
+
+    A text without such a word is the same ids as before: the new merges come after all others, and their parts are no
+    part of an older one.
+
+    Returns:
+        The ids that are new now, and the ids that stood in their place.
+
+    Raises:
+        ValueError: there are fewer than ``text_ids`` in all free.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    # the library numbers added tokens by the size of the vocabulary, unless they are words of it
+    vocabulary |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    old, spaces = Tokenizer.from_file(str(path)), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = dict.fromkeys(word for text in sentences for word, _ in spaces.pre_tokenize_str(text))
+    added: dict[str, list[str]] = {}
+    for word in words:
+        model = models.BPE({**vocabulary}, [tuple(merge) for merge in merges])
+        pieces = [token.value for token in model.tokenize(word)]
+        for end in range(2, len(pieces) + 1):
+            made, parts = "".join(pieces[:end]), ("".join(pieces[: end - 1]), pieces[end - 1])
+            if made not in vocabulary:
+                vocabulary[made] = max(vocabulary.values()) + 1
+                added[made] = pieces[:end]
+            merges.append(list(parts))
+    if max(vocabulary.values()) >= text_ids:
+        raise ValueError(f"{len(added)} more tokens do not fit into {text_ids} text ids")
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    old_id = lambda piece: old.token_to_id(piece)
+    known = lambda pieces: [
+        part for piece in pieces for part in (known(added[piece]) if piece in added else [old_id(piece)])
+    ]
+    return {vocabulary[made]: known(pieces) for made, pieces in added.items()}
+
+
+def further_sentences(count: int = 2000) -> Iterator[str]:
+    """What is said of the world beyond ``sentences``, and around it."""
+    rng, world = random.Random("further sentences"), scenes("further sentences")
+    for first, second in islice(zip(world, world), count):
+        yield placeless(first.shapes[:2], rng)
+        yield plan(first)
+        for about in About:
+            if asked := pair_question((first, second), about, rng):
+                yield asked.text
+                yield asked.answer
+        for loan in Loan:
+            if made := borrowing((first, second), loan, rng):
+                yield made.instruction
+        told = tale(first, MOST_PICTURES - 1, rng)
+        yield told.prompt
+        yield from told.texts
+    yield from FURTHER_SYSTEM
 
 
 def sentences(count: int = 4000) -> Iterator[str]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import torch
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import GlmImageVisionConfig, GlmImageVisionModel, GlmImageVQVAE, GlmImageVQVAEConfig
@@ -73,6 +75,16 @@ class Tokenizer(nn.Module):
         # as large as the patches are: with small random positions, no shape is recognised for a long time
         self.vision.embeddings.position_embedding.weight.data = positions(SIDE // PATCH, WIDTH)
         self._spread()
+
+    def load_published(self, path: Path) -> Tokenizer:
+        """Take what a checkpoint keeps; the heads that teach stay as they are."""
+        stored = load_file(path)
+        for prefix, part in (("model.visual.", self.vision), ("model.vqmodel.", self.quantiser)):
+            own = {
+                name.removeprefix(prefix): value.float() for name, value in stored.items() if name.startswith(prefix)
+            }
+            part.load_state_dict(own)
+        return self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def _spread(self) -> None:
