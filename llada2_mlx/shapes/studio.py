@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 from PIL import Image
 
 from .. import tasks
@@ -17,7 +19,10 @@ from ..imaging.prepare import Purpose
 from ..imaging.tokenizer import ImageTokenizer
 from ..imaging.transformer_torch import Decoder
 from ..imaging.vae import VAE
-from ..vq import VQGrid
+from ..story import tell
+from ..vq import GridSet, VQGrid
+
+MOST_TEXT = 256  # tokens of a plan, of an answer about several pictures and of a story
 
 
 class Studio:
@@ -76,6 +81,32 @@ class Studio:
         """A picture changed as an instruction says."""
         grid = self.tokenizer.encode(picture, Purpose.EDIT)
         return self.decode(tasks.edit(self.backbone, grid, instruction).grid)
+
+    def think(self, prompt: str) -> tuple[str, Image.Image]:
+        """The plan for a prompt, and the picture drawn from it."""
+        thinking = tasks.Thinking(length=MOST_TEXT)
+        drawing = tasks.text_to_vq(self.backbone, prompt, thinking=thinking, sprint=self.sprint)
+        return drawing.reasoning, self.decode(drawing.grid)
+
+    def ask_about(self, pictures: Sequence[Image.Image], question: str) -> str:
+        """The answer to a question about several pictures."""
+        grids = GridSet(tuple(self.tokenizer.encode(picture, Purpose.UNDERSTAND_SEVERAL) for picture in pictures))
+        return tasks.understand(self.backbone, grids, question, MOST_TEXT, sprint=self.sprint).text
+
+    def edit_with(self, pictures: Sequence[Image.Image], instruction: str) -> Image.Image:
+        """The last of the pictures changed as an instruction says that refers to the others."""
+        grids = GridSet(tuple(self.tokenizer.encode(picture, Purpose.EDIT) for picture in pictures))
+        return self.decode(tasks.edit(self.backbone, grids, instruction).grid)
+
+    def tell(self, prompt: str) -> tuple[list[str], list[Image.Image]]:
+        """The texts and pictures of a story."""
+        story = tell(self.backbone, prompt, text=MOST_TEXT)
+        return story.texts, [self.decode(grid) for grid in story.grids]
+
+    def repaint(self, picture: Image.Image, masked: np.ndarray, text: str, seeing: tasks.Seeing) -> Image.Image:
+        """A picture of which the codes in ``masked``, bool [height, width], are drawn anew."""
+        grid = self.tokenizer.encode(picture, Purpose.EDIT)
+        return self.decode(tasks.redraw(self.backbone, grid, masked, text, seeing).grid)
 
     def redraw(self, picture: Image.Image) -> Image.Image:
         """A picture through codes and back."""

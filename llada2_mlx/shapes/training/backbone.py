@@ -117,7 +117,7 @@ STAGES = {
 }
 # What is learned after the weights that are shipped. Only they are kept of the stages before, so the heads that ask come first.
 FURTHER = {
-    "backbone-heads": Stage(Schedule(steps=150, rate=3e-3, warmup=10), {0: ("draw", "edit", "ask", "edit")}),
+    "backbone-heads": Stage(Schedule(steps=80, rate=3e-3, warmup=10), {0: ("draw", "edit", "ask", "edit")}),
     "backbone-sixth": Stage(Schedule(steps=12000, rate=1.2e-3, warmup=200, average=0.998), {0: TURNS}, scrambled=0.3),
 }
 

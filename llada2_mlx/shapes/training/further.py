@@ -29,13 +29,11 @@ from ..several import (
     tale,
 )
 from ..world import (
-    Colour,
-    Kind,
     Place,
     Scene,
     Shape,
     held_out,
-    held_out_shape,
+    held_out_pair,
     random_background,
     random_shape,
     scenes,
@@ -451,11 +449,6 @@ def fair_of_two(asked: PairQuestion, both: tuple[Scene, Scene]) -> bool:
         return fair(Question(Topic.EXISTENCE, asked.text, asked.answer, ()), both[number])
     without = {0, 1} - {number for number, _ in asked.shapes}
     return all(fair(Question(Topic.EXISTENCE, asked.text, "no", ()), both[number]) for number in without)
-
-
-def held_out_pair(kind: Kind, colour: Colour) -> bool:
-    """Whether no prompt without a place asks for this: 8 of the 40 combinations, those with a held-out place."""
-    return any(held_out_shape(kind, colour, place) for place in Place)
 
 
 def unplaced(seed: str) -> Iterator[tuple[tuple[Shape, ...], Scene]]:
