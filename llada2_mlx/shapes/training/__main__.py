@@ -22,10 +22,12 @@ from .loop import averaged, train
 
 SEED = 0
 SIZES = {"drawing": SIDE, "understanding": SIDE, "editing": tokenizer.SMALL, "upscale": 2}  # pixels, and a factor
-STAGES = ("text", "tokenizer", "vae", "data", "decoder", "turbo", "backbone", "further")
+STAGES = ("text", "tokenizer", "vae", "data", "decoder", "turbo", "backbone")
+MORE = ("further", "snapshot")
 STAGES_HELP = (
-    "all if left out. `further` alone begins with the checkpoint in --out, of which nothing else has to be kept; `snapshot` "
-    "writes what it has learned so far as a whole checkpoint into another --out, to be measured"
+    f"left out: {', '.join(STAGES)}, which made the weights that are shipped. `further` goes on from the checkpoint in "
+    "--out, and needs nothing else; `snapshot` writes what that has learned so far as a whole checkpoint into another "
+    "--out, to be measured"
 )
 
 
@@ -34,9 +36,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="where states and data are kept")
     parser.add_argument("--out", type=Path, default=BUILT_IN, help="the checkpoint to write")
-    parser.add_argument("--stages", nargs="*", choices=(*STAGES, "snapshot"), default=STAGES, help=STAGES_HELP)
+    parser.add_argument("--stages", nargs="*", choices=(*STAGES, *MORE), default=STAGES, help=STAGES_HELP)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="of the further training; it may be changed between two calls")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="of the further training, for a shorter or longer one; its rate falls towards this end",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
