@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, prompts
-from .checkpoint.codebook import require_same
+from .checkpoint.codebook import doubt, require_same
 from .checkpoint.config import PRECISIONS
 from .checkpoint.hub import is_id
 from .checkpoint.layout import ABSENT, BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve, told
@@ -20,7 +20,7 @@ from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
 from .progress import Progress
-from .vq import VQGrid
+from .vq import GridSet, Pictures, VQGrid, grids_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,27 +36,31 @@ SAMPLERS = {"ode": "ODE", "published": "as published"}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
 PARTS = {part.word: part for part in Part}
 ALL_TASKS = [name for name, part in PARTS.items() if part is not Part.DECODER]  # the turbo decoder is the default
+PURPOSES = {
+    "understand": "understand",
+    "understand-with-others": "understand with others",
+    "edit": "edit",
+    "edit-published": "edit as published",
+}
 RANKS = {
     "confidence": "low confidence",
     "margin": "top-k margin",
     "entropy": "negative entropy",
     "random": "random",
 }
-PURPOSES = {"understand": "understand", "edit": "edit", "edit-published": "edit as published"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.command(arguments)
+        return arguments.command(arguments) or 0
     except (LLaDA2Error, OSError) as error:
         print(f"llada2-mlx: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("llada2-mlx: stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def t2i(a: argparse.Namespace) -> None:
@@ -89,36 +93,67 @@ def t2i(a: argparse.Namespace) -> None:
 
 
 def understand(a: argparse.Namespace) -> None:
-    """Answer a question about a picture."""
+    """Answer a question about a picture, or about several."""
     from . import tasks
 
     prompts.require_text(a.question, "question")
     checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER)
     sampling, backbone = _sampling(a), _backbone(a, checkpoint)
-    grid = _encode(a, checkpoint, "understand")
+    paths = [a.image, *a.others]
+    pictures = _encode(a, checkpoint, _understanding(paths), *paths)
     _warn(backbone.tokens.doubt(a.question))
     with _Bars() as on_step:
         answer = tasks.understand(
-            backbone, grid, a.question, a.max_new_tokens, sampling, on_step=on_step, sprint=_sprint(a)
+            backbone, pictures, a.question, a.max_new_tokens, sampling, on_step=on_step, sprint=_sprint(a)
         )
     print(answer.text)
     _tell(answer.report)
 
 
+def chat(a: argparse.Namespace) -> int:
+    """Talk with the model, also about pictures; /help says how."""
+    from .chat import Conversation
+    from .terminal import Terminal
+
+    images = [_open(path) for path in a.image]
+    checkpoint = _resolve(a, Part.BACKBONE)
+    sampling, backbone, interactive = _sampling(a), _backbone(a, checkpoint), sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  input() then has lines that can be edited and called again
+    terminal = Terminal(
+        backbone,
+        _open,
+        lambda images: _codes(a, _resolve(a, Part.IMAGE_TOKENIZER), _understanding(images), images),
+        lambda: _Bars(hidden=frozenset({"denoising"})),
+        Conversation(a.system),
+        sampling,
+        a.max_new_tokens,
+        _sprint(a),
+        interactive,
+        images=images,
+    )
+    if checkpoint.world:
+        _warn(
+            f"{checkpoint.root.name} is a toy that knows {checkpoint.world}, and has not learned to talk: its answers mean nothing."
+        )
+    terminal.run()
+    return 1 if terminal.failures else 0
+
+
 def edit(a: argparse.Namespace) -> None:
-    """Change a picture as an instruction says."""
+    """Change a picture as an instruction says, which may refer to other pictures."""
     from . import tasks
 
     prompts.require_text(a.instruction, "instruction")
     _writable(a.output, ".png")
     checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
     options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
-    grid = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit")
+    pictures = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit", *a.others, a.image)
     _warn(backbone.tokens.doubt(a.instruction))
     with _Bars() as on_step:
         guided = {"text_guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
         drawing = tasks.edit(
-            backbone, grid, a.instruction, **guided, sampling=sampling, on_step=on_step, sprint=_sprint(a)
+            backbone, pictures, a.instruction, **guided, sampling=sampling, on_step=on_step, sprint=_sprint(a)
         )
     _warn(*drawing.warnings)
     backbone.unload()  # makes room for the decoder
@@ -129,7 +164,7 @@ def edit(a: argparse.Namespace) -> None:
 def encode(a: argparse.Namespace) -> None:
     """Turn a picture into codes."""
     _writable(a.output, ".safetensors")
-    grid = _encode(a, _resolve(a, Part.IMAGE_TOKENIZER), a.purpose)
+    (grid,) = grids_of(_encode(a, _resolve(a, Part.IMAGE_TOKENIZER), a.purpose, a.image))
     grid.save(a.output)
     print(f"{a.output}: {grid}")
 
@@ -216,7 +251,14 @@ def convert(a: argparse.Namespace) -> None:
 
 
 class _Bars:
-    """Progress bars, one a phase: an ``OnStep`` to use in a ``with`` block."""
+    """Progress bars, one a phase: an ``OnStep`` to use in a ``with`` block.
+
+    Args:
+        hidden: phases that show none.
+    """
+
+    def __init__(self, hidden: frozenset[str] = frozenset()):
+        self.hidden = hidden
 
     def __enter__(self) -> _Bars:
         self.phase, self.bar = None, None
@@ -227,7 +269,10 @@ class _Bars:
 
         if self.phase != progress.phase:
             self._close()
-            self.phase = progress.phase
+            self.phase, self.bar = progress.phase, None
+        if progress.phase in self.hidden:
+            return
+        if self.bar is None:
             unit = {"unit": "B", "unit_scale": True} if progress.in_bytes else {}
             self.bar = tqdm(total=progress.total, desc=progress.phase, leave=False, disable=None, **unit)
         self.bar.total = progress.total
@@ -256,20 +301,32 @@ def _backbone(a: argparse.Namespace, checkpoint: Checkpoint) -> Backbone:
     return backbone
 
 
-def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str) -> VQGrid:
+def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str, *paths: str) -> Pictures:
+    """The picture as codes, or a set of several in their order."""
+    return _codes(a, checkpoint, purpose, [_open(path) for path in paths])
+
+
+def _codes(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str, images: Sequence[Image.Image]) -> Pictures:
     from .imaging import load_part
     from .imaging.prepare import Purpose, use_of
 
-    image, wanted = _open(a.image), Purpose(PURPOSES[purpose])
-    grid = load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a)).encode(image, wanted, a.size)
-    _warn(checkpoint.image_sizes.doubt_grid(use_of(wanted), grid))
-    return grid
+    wanted = Purpose(PURPOSES[purpose])
+    tokenizer = load_part(checkpoint, Part.IMAGE_TOKENIZER, _device(a))
+    grids = [tokenizer.encode(image, wanted, a.size) for image in images]
+    pictures = GridSet(tuple(grids)) if len(grids) > 1 else grids[0]
+    _warn(doubt(pictures, checkpoint, use_of(wanted)))
+    return pictures
+
+
+def _understanding(pictures: Sequence) -> str:
+    """The purpose of pictures that are asked about together."""
+    return "understand-with-others" if len(pictures) > 1 else "understand"
 
 
 def _warn(*doubts: str | None) -> None:
-    for doubt in doubts:
-        if doubt is not None:
-            print(f"llada2-mlx: warning: {doubt}", file=sys.stderr)
+    for sentence in doubts:
+        if sentence is not None:
+            print(f"llada2-mlx: warning: {sentence}", file=sys.stderr)
 
 
 def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grids: Sequence[VQGrid], options: DecodeOptions) -> None:
@@ -286,6 +343,7 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grids: Sequence[VQGri
     # names, not folders: the picture may be shown to others
     local = ("model", "image", "codes", "output")
     parameters |= {key: _name(parameters[key]) for key in local if key in parameters}
+    parameters |= {"others": [_name(path) for path in parameters["others"]]} if "others" in parameters else {}
     parameters |= {"decoder_steps": options.steps, "version": __version__}
     metadata = PngInfo()
     metadata.add_itxt("parameters", json.dumps(parameters, default=str, ensure_ascii=False))
@@ -452,6 +510,17 @@ def _parser() -> argparse.ArgumentParser:
         help="side in pixels of a square about as large as the encoded picture; 0: the model's own",
     )
 
+    with_others = argparse.ArgumentParser(add_help=False)
+    with_others.add_argument(
+        "--with",
+        dest="others",
+        metavar="IMAGE",
+        action="append",
+        default=[],
+        help="another picture; may be given several times. In a question they follow the first picture, in an edit they stand before the "
+        "picture that is changed",
+    )
+
     p = add(t2i, sampling, guided, sprinting, decoding)
     p.add_argument("prompt")
     p.add_argument("--width", type=int, default=0, help="pixels; 0: the model's own")
@@ -466,13 +535,23 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--thinking-length", type=int, default=4096, help="tokens of the plan at most")
     p.add_argument("--thinking-temperature", type=float, default=0.0, help="of the plan")
 
-    p = add(understand, sampling, sprinting, encoding)
+    p = add(understand, sampling, sprinting, encoding, with_others)
     p.add_argument("image")
     p.add_argument("question")
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048)
 
-    p = add(edit, sampling, guided, sprinting, decoding, encoding)
+    p = add(chat, sampling, sprinting, encoding)
+    p.add_argument(
+        "--system", default="", help="what the model is told of its part; what it was trained with if left out"
+    )
+    p.add_argument(
+        "--image", action="append", default=[], help="shown with what you say first; may be given several times"
+    )
+    p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
+    p.add_argument("--max-new-tokens", type=int, default=2048, help="of an answer")
+
+    p = add(edit, sampling, guided, sprinting, decoding, encoding, with_others)
     p.add_argument("image")
     p.add_argument("instruction")
     p.add_argument("--guidance", type=float, default=4.0, help="of the text")

@@ -6,11 +6,12 @@ Each piece is tokenised alone and the ids are joined. ``<uncondition>`` is plain
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import RequestError
-from .tokens import Tokens
-from .vq import VQGrid
+from .tokens import Tokens, UserText
+from .vq import Pictures, VQGrid, grids_of
 
 _HUMAN = "<role>HUMAN</role>"
 _ASSISTANT = "<role>ASSISTANT</role>"
@@ -18,6 +19,7 @@ _DRAW = f"<role>SYSTEM</role> You are a text-to-image generation assistant. {_HU
 _THINK = f"<role>SYSTEM</role> You are a text-to-image generation assistant with a thinking process. {_HUMAN}"
 _EDIT = f"<role>SYSTEM</role> You are an image editing assistant. {_HUMAN}"
 _UNCONDITION = "<uncondition>"
+_TALK = "You are a multimodal understanding assistant."
 
 # What shows nothing, beside spaces and control characters: soft hyphen, joiners, zero widths, directions, byte order
 # mark, fillers. Not what ends an emoji: variation selectors, tags.
@@ -41,6 +43,24 @@ class Prompt:
         return self.branches[0]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation: what a person said, and the answer.
+
+    Args:
+        text, pictures: what was said, and shown with it.
+        answer: the answer's text.
+        ids: its ids, without the token that ended it.
+        tokenizer: the fingerprint of the tokenizer that the ids are of. Another one reads the text.
+    """
+
+    text: str
+    pictures: Pictures | None = None
+    answer: str = ""
+    ids: tuple[int, ...] = ()
+    tokenizer: str = ""
+
+
 def text_to_image(tokens: Tokens, prompt: str, height: int, width: int) -> Prompt:
     """Branches: conditional, unconditional. ``height`` and ``width`` are the grid's, in codes."""
     header = tokens.header(height, width)
@@ -55,18 +75,23 @@ def thinking(tokens: Tokens, prompt: str, height: int, width: int) -> Prompt:
     return Prompt((_ask(tokens, _THINK, prompt), [*_ask(tokens, _THINK, _UNCONDITION), *header]))
 
 
-def understand(tokens: Tokens, grid: VQGrid, question: str) -> Prompt:
-    """One branch: the picture, then the question; no system text and no roles."""
-    return Prompt(([*_picture(tokens, grid), *written(tokens, question)],))
+def understand(tokens: Tokens, pictures: Pictures, question: str) -> Prompt:
+    """One branch: the picture, or several one after the other, then the question; no system text and no roles."""
+    return Prompt(([*blocks(tokens, pictures), *written(tokens, question)],))
 
 
-def edit(tokens: Tokens, grid: VQGrid, instruction: str, size: tuple[int, int] | None = None) -> Prompt:
+def edit(tokens: Tokens, pictures: Pictures, instruction: str, size: tuple[int, int] | None = None) -> Prompt:
     """Branches: conditional, without the instruction, without the picture.
+
+    Of several pictures the last is the one to be changed, and those before it are references, each an image block of its
+    own. "Without the picture" is without all of them, one ``<|image|>`` alone: the branch that the model knows from
+    editing one picture, and what it says of a picture when it sees none.
 
     Args:
         size: rows and columns of codes of the result; None is the picture's.
     """
-    picture, header = _picture(tokens, grid), tokens.header(*(size or (grid.height, grid.width)))
+    grid = grids_of(pictures)[-1]
+    picture, header = blocks(tokens, pictures), tokens.header(*(size or (grid.height, grid.width)))
     ask = lambda source, text: [
         *tokens.encode(_EDIT),
         *source,
@@ -75,6 +100,45 @@ def edit(tokens: Tokens, grid: VQGrid, instruction: str, size: tuple[int, int] |
         *header,
     ]
     return Prompt((ask(picture, instruction), ask(picture, _UNCONDITION), ask([tokens.image], instruction)))
+
+
+def chat(
+    tokens: Tokens, turns: Sequence[Turn], text: str, pictures: Pictures | None = None, system: str = ""
+) -> Prompt:
+    """One branch: a conversation, and what is said now, up to where the answer is to begin.
+
+    Text alone is written by the tokenizer's own chat template. With pictures, or without a template, a conversation is
+    the system text and its turns by roles, each with its pictures before its text.
+
+    Args:
+        turns: what was said and answered before.
+        system: what the model is told of its part; empty is what it was trained with.
+
+    Raises:
+        RequestError: a picture is of another model or has no size token, or the text is not valid Unicode.
+        CheckpointError: the template cannot write the conversation.
+    """
+    system, turns = trim(system), [*turns, Turn(text, pictures)]
+    said = [UserText(trim(turn.text)) for turn in turns]
+    answers = [_answer(tokens, turn) for turn in turns[:-1]]
+    if all(turn.pictures is None for turn in turns):
+        roles = [*(["system"] if system else []), *["user", "assistant"] * len(answers), "user"]
+        messages = [*([UserText(system)] if system else []), *_alternating(said, answers)]
+        if (around := tokens.around(roles)) is not None:
+            return Prompt((tokens.encode_parts(_alternating(around, messages)),))
+    parts: list[str | list[int]] = ["<role>SYSTEM</role> ", UserText(system or _TALK), " "]
+    for turn, own, answer in zip(turns, said, [*answers, []], strict=True):
+        parts += [_HUMAN, blocks(tokens, turn.pictures) if turn.pictures else [], own, _ASSISTANT, answer]
+    return Prompt((tokens.encode_parts(parts),))
+
+
+def _answer(tokens: Tokens, turn: Turn) -> list[int]:
+    return list(turn.ids) if turn.tokenizer == tokens.fingerprint else tokens.encode_text(turn.answer)
+
+
+def _alternating(one: Sequence, other: Sequence) -> list:
+    """``one`` and ``other`` in turn; ``one`` begins and ends."""
+    return [each for pair in zip(one, [*other, None], strict=True) for each in pair][:-1]
 
 
 def written(tokens: Tokens, text: str) -> list[int]:
@@ -120,6 +184,15 @@ def _unseen(character: str) -> bool:
 def side_or_own(side: int) -> int:
     """A side as a widget gives it, which starts at 0 and steps up: below the smallest it is 0, the model's own."""
     return 0 if 0 <= side < SMALLEST_SIDE and side % SIDE_STEP == 0 else side
+
+
+def blocks(tokens: Tokens, pictures: Pictures) -> list[int]:
+    """Ids of pictures as image blocks, one after the other: header, codes, ``<|/image|>``.
+
+    Raises:
+        RequestError: a grid is of another model, or has no size token.
+    """
+    return [token for grid in grids_of(pictures) for token in _picture(tokens, grid)]
 
 
 def _ask(tokens: Tokens, system: str, text: str) -> list[int]:

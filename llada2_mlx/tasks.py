@@ -23,7 +23,7 @@ from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
 from .tokens import Tokens
-from .vq import VQGrid, picture_seed
+from .vq import Pictures, VQGrid, grids_of, picture_seed
 
 # Called after every step of drawing with the codes so far, integers [height, width], and with which of them are still to be
 # drawn, bool [height, width]; of the first picture where several are drawn together.
@@ -163,7 +163,7 @@ def text_to_vq(
 
 def edit(
     backbone: Backbone,
-    grid: VQGrid,
+    pictures: Pictures,
     instruction: str,
     text_guidance: float = 4.0,
     image_guidance: float = 0.0,
@@ -174,10 +174,11 @@ def edit(
     sprint: Sprint | None = None,
     on_codes: OnCodes | None = None,
 ) -> Drawing:
-    """Draw a picture anew, changed as the instruction says. The result has the size of ``grid``.
+    """Draw a picture anew, changed as the instruction says. The result has its size.
 
     Args:
-        grid: the picture as codes, prepared for editing.
+        pictures: the picture as codes, prepared for editing; or a set, whose last picture is the one to be changed, and
+            the others are what the instruction refers to, of any sizes.
         text_guidance, image_guidance: how strongly to follow the instruction, and to keep to the picture.
         sampling, method: how tokens are chosen, and how the network is run.
         sprint: is not used, as published, and the drawing has a warning that says so.
@@ -186,9 +187,10 @@ def edit(
     Raises:
         RequestError: the grid is of another model or has no size token, or the request is too long.
     """
-    request = prompts.edit(backbone.tokens, grid, instruction)
-    require_same(grid, backbone.checkpoint)
-    guidance = Guidance.editing(text_guidance, image_guidance, rescale)
+    request = prompts.edit(backbone.tokens, pictures, instruction)
+    _require_same(pictures, backbone)
+    guidance, grid = Guidance.editing(text_guidance, image_guidance, rescale), grids_of(pictures)[-1]
+    check_room(backbone, len(request.conditional), grid.codes.size, pictures)
     options = {"sampling": sampling, "guidance": guidance, "method": method}
     drawing = _draw(backbone, request, (grid.height, grid.width), on_step, on_codes, **options)
     return drawing if sprint is None else replace(drawing, warnings=(_NO_SPRINT,))
@@ -277,7 +279,7 @@ def grow(
 
 def understand(
     backbone: Backbone,
-    grid: VQGrid,
+    pictures: Pictures,
     question: str,
     max_new_tokens: int = 2048,
     sampling: Sampling = Sampling(steps=32),
@@ -286,10 +288,10 @@ def understand(
     on_text: Callable[[str], None] | None = None,
     sprint: Sprint | None = None,
 ) -> Answer:
-    """Answer a question about a picture.
+    """Answer a question about a picture, or about several together.
 
     Args:
-        grid: the picture as codes, prepared for understanding.
+        pictures: the picture as codes, prepared for understanding; or a set, which the question can count in its order.
         max_new_tokens: the answer's length at most.
         on_text: called after each step with the answer so far; a stretch not yet denoised reads "…".
         sampling, method: how tokens are chosen, and how the network is run.
@@ -299,9 +301,9 @@ def understand(
         RequestError: the grid is of another model or has no size token, or the request is too long.
     """
     tokens = backbone.tokens
-    request = prompts.understand(tokens, grid, question)
-    require_same(grid, backbone.checkpoint)
-    check_length(len(request.conditional), max_new_tokens, backbone.config.max_position_embeddings)
+    request = prompts.understand(tokens, pictures, question)
+    _require_same(pictures, backbone)
+    check_room(backbone, len(request.conditional), max_new_tokens, pictures)
     vocabulary = Vocabulary(tokens.mask, ends=frozenset({tokens.end}))
     step = _growing(backbone, on_step, on_text, max_new_tokens, DENOISING)
     options = {"sampling": sampling, "method": method, "sprint": sprint, "on_step": step}
@@ -326,6 +328,24 @@ def grid_size(backbone: Backbone, width: int, height: int) -> tuple[int, int]:
     return rows, columns
 
 
+def check_room(backbone: Backbone, prompt: int, length: int, *pictures: Pictures) -> None:
+    """Raise ``RequestError`` if a prompt with pictures, and what is asked for, are longer than the model allows.
+
+    Args:
+        prompt, length: in tokens; pictures and all.
+    """
+    grids = [grid for each in pictures for grid in grids_of(each)]
+    try:
+        check_length(prompt, length, backbone.config.max_position_embeddings)
+    except RequestError as error:
+        if len(grids) < 2:
+            raise
+        codes = sum(grid.codes.size for grid in grids)
+        raise RequestError(
+            f"{error} The {len(grids)} pictures alone have {codes} codes: take fewer of them, or encode them smaller."
+        ) from None
+
+
 def readable(backbone: Backbone, ids: tuple[int, ...]) -> str:
     """The text of an answer that is still being denoised, up to its end token.
 
@@ -345,6 +365,11 @@ def readable(backbone: Backbone, ids: tuple[int, ...]) -> str:
         elif text:
             pieces.append(text)
     return "".join("…" if piece is None else piece for piece in pieces)
+
+
+def _require_same(pictures: Pictures, backbone: Backbone) -> None:
+    for grid in grids_of(pictures):
+        require_same(grid, backbone.checkpoint)
 
 
 def _whole(tokens: Tokens, ids: list[int]) -> str:

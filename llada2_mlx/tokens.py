@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 _WORD = re.compile(r"[^\W\d_]+")
 _NEEDED = ("<|endoftext|>", "<|mask|>", "<|image|>", "<|/image|>", "<boi>", "<role>", "</role>")
+
+
+class UserText(str):
+    """Text that a person wrote, or that stands for itself: no control token is read in it."""
 
 
 class Tokens:
@@ -62,6 +67,8 @@ class Tokens:
         self.image = self._vocabulary["<|image|>"]
         self.image_end = self._vocabulary["<|/image|>"]
         self.boi = self._vocabulary["<boi>"]
+        # a conversation's turn may end with a token of its own
+        self.ends = frozenset({self.end, self._vocabulary.get("<|role_end|>", self.end)})
 
     def encode(self, text: str) -> list[int]:
         """Ids of one piece of our own text, in which ``<role>`` and the like are tokens; nothing is added around it.
@@ -80,6 +87,69 @@ class Tokens:
         """
         _require_unicode(text)
         return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_parts(self, parts: Iterable[str | UserText | Sequence[int]]) -> list[int]:
+        """Ids of a text in parts, encoded as one text: what stands between two control tokens is split as if it had no parts.
+
+        Args:
+            parts: our own text, in which control tokens are read; a person's, which is all text; and ids as they are.
+        """
+        ids: list[int] = []
+        plain = ""
+        for part in parts:
+            if not isinstance(part, str):
+                ids += [*self.encode_text(plain), *part]
+                plain = ""
+                continue
+            for piece in [part] if isinstance(part, UserText) else self._controls.split(part):
+                if not isinstance(part, UserText) and self._controls.fullmatch(piece):
+                    ids += [*self.encode_text(plain), self._vocabulary[piece]]
+                    plain = ""
+                else:
+                    plain += piece
+        return [*ids, *self.encode_text(plain)]
+
+    @cached_property
+    def _controls(self) -> re.Pattern:
+        """Any added token but the image codes, the longest first; split at it, a text keeps it as a piece."""
+        added = [word for word, number in self._tokenizer.get_added_vocab().items() if number < self.image_offset]
+        return re.compile(f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})")
+
+    def around(self, roles: Sequence[str]) -> list[str] | None:
+        """What the tokenizer's own chat template writes around messages, up to where an answer is to begin.
+
+        Args:
+            roles: of the messages in their order: "system", "user", "assistant".
+
+        Returns:
+            The text before the first message, between each and the next, and after the last; None without a template.
+
+        Raises:
+            CheckpointError: the template fails, or does not write each message once and in order.
+        """
+        if not self._tokenizer.chat_template:
+            return None
+        # of a plane for private use, so that neither a template nor a text has them
+        marks = [f"\U000f0000{number}\U000f0001" for number in range(len(roles))]
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # the template raises what it likes
+            raise CheckpointError(
+                f"The chat template of {self.folder} cannot write a conversation with the roles {', '.join(roles)} ({error})."
+            ) from error
+        pieces = re.split("\U000f0000\\d+\U000f0001", text)
+        if re.findall("\U000f0000\\d+\U000f0001", text) != marks:
+            raise CheckpointError(
+                f"The chat template of {self.folder} does not write every message of a conversation once and in order, "
+                "so what was said cannot be read from it."
+            )
+        return pieces
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for tokenizers that give a text the same ids, as far as their vocabulary says."""
+        return hashlib.sha256(json.dumps(sorted(self._vocabulary.items())).encode()).hexdigest()[:32]
 
     @cached_property
     def _plain(self) -> Tokenizer:

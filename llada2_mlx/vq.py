@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,79 @@ class VQGrid:
         if stated != (grid.height, grid.width):
             raise RequestError(f"{path} states {stated[0]} x {stated[1]} codes and holds {grid.height} x {grid.width}.")
         return grid
+
+
+@dataclass(frozen=True)
+class GridSet:
+    """Several pictures that are read together, in their order; their sizes are free.
+
+    A batch is a tuple of grids, of which each is for itself. So neither can be taken for the other.
+
+    Raises:
+        RequestError: there is no picture, or two are of different codebooks.
+    """
+
+    grids: tuple[VQGrid, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grids", tuple(self.grids))
+        if not self.grids:
+            raise RequestError("The set holds no picture. Connect one at least.")
+        for (at, one), (number, other) in combinations(enumerate(self.grids, 1), 2):
+            if one.codebook_size != other.codebook_size or not one.origin.may_equal(other.origin):
+                raise RequestError(
+                    f"The pictures of a set have to be codes of one model: picture {at} is of {_model_of(one)}, "
+                    f"picture {number} of {_model_of(other)}. Encode all of them with the same model."
+                )
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def with_last(self, number: int) -> GridSet:
+        """The same pictures with picture ``number`` at the end, counted from 1; 0 is the one that is last already.
+
+        Raises:
+            RequestError: there is no such picture.
+        """
+        if not 0 <= number <= len(self):
+            raise RequestError(
+                f"Picture {number} is asked for, and the set has {len(self)}. Choose 1 to {len(self)}, or 0 for the last."
+            )
+        at = (number or len(self)) - 1
+        return GridSet((*self.grids[:at], *self.grids[at + 1 :], self.grids[at]))
+
+
+# What a task reads: one picture, or several together.
+Pictures = VQGrid | GridSet
+
+
+def grids_of(pictures: Pictures) -> tuple[VQGrid, ...]:
+    """The pictures that are read together, one or several."""
+    return pictures.grids if isinstance(pictures, GridSet) else (pictures,)
+
+
+def readings(vq: Sequence[VQGrid] | GridSet) -> tuple[Pictures, ...]:
+    """What a task reads at once: each picture of a batch by itself, or a set as a whole."""
+    return (vq,) if isinstance(vq, GridSet) else tuple(vq)
+
+
+def with_source(vq: Sequence[VQGrid] | GridSet, number: int) -> Sequence[VQGrid] | GridSet:
+    """``vq`` with the picture that is to be changed as the last of its set; 0 is the one that is.
+
+    Raises:
+        RequestError: the set has no such picture, or a picture is chosen where there is no set.
+    """
+    if isinstance(vq, GridSet):
+        return vq.with_last(number)
+    if number:
+        raise RequestError(
+            f"source is {number}: it chooses a picture of a set, and this is a batch, of which every picture is changed. Set it to 0."
+        )
+    return vq
+
+
+def _model_of(grid: VQGrid) -> str:
+    return grid.origin.model or f"a model with {grid.codebook_size} codes"
 
 
 def picture_seed(seed: int, index: int) -> int:

@@ -3,12 +3,13 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .backbone import LoadLLaDA2Backbone
+from .chat import LLaDA2Chat
 from .generate import LLaDA2Edit, LLaDA2TextToVQ
 from .grids import GRID_NODES
 from .redraw import LLaDA2Grow, LLaDA2Redraw
 from .sprint import LLaDA2Sprint
 from .understand import LLaDA2Understand
-from .vq import SigLIPVQEncode, ZImageDecode
+from .vq import LLaDA2JoinVQ, SigLIPVQEncode, ZImageDecode
 
 
 class LLaDA2Extension(ComfyExtension):
@@ -16,8 +17,10 @@ class LLaDA2Extension(ComfyExtension):
         return [
             LoadLLaDA2Backbone,
             SigLIPVQEncode,
+            LLaDA2JoinVQ,
             LLaDA2TextToVQ,
             LLaDA2Understand,
+            LLaDA2Chat,
             LLaDA2Edit,
             LLaDA2Redraw,
             LLaDA2Grow,

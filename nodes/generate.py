@@ -10,12 +10,15 @@ from ..llada2_mlx import prompts
 from ..llada2_mlx.checkpoint.codebook import doubt
 from ..llada2_mlx.checkpoint.sizes import DECODED_PIXELS
 from ..llada2_mlx.errors import RequestError
+from ..llada2_mlx.vq import readings, with_source
 from . import host
 from .sockets import (
+    MOST_JOINED,
     BackboneSocket,
     VQSocket,
     block_inputs,
     choice_inputs,
+    pictures_input,
     sprint_input,
     temperature_input,
     token_seed_input,
@@ -194,13 +197,12 @@ class LLaDA2Edit(io.ComfyNode):
             display_name="LLaDA2 Edit",
             category="LLaDA2",
             description="Changes a picture as an instruction says. The picture comes as codes from SigLIP-VQ Encode with purpose edit, "
-            "and the result has its size. Every picture of a batch is edited.",
+            "and the result has its size. Every picture of a batch is edited; of a set from LLaDA2 Join VQ the last one is, with the others to refer to.",
             search_aliases=["llada", "edit image", "instruction", "image to image", "img2img", "change picture"],
             inputs=[
                 BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
-                # lazy: a model of other codes is refused before the picture is made
-                VQSocket.Input(
-                    "vq", lazy=True, tooltip="The picture to change, from SigLIP-VQ Encode with purpose edit."
+                pictures_input(
+                    "The picture to change, from SigLIP-VQ Encode with purpose edit; or, from LLaDA2 Join VQ, pictures to refer to and it as the last."
                 ),
                 io.String.Input(
                     "instruction",
@@ -231,6 +233,16 @@ class LLaDA2Edit(io.ComfyNode):
                 *block_inputs(guided=True),
                 *choice_inputs(),
                 sprint_input("Is not used in editing, as published: the node says that it ran without."),
+                io.Int.Input(
+                    "source",
+                    default=0,
+                    min=0,
+                    max=MOST_JOINED,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which picture of a set is to be changed, counted from 1; 0 is the last. The model reads it after the others, which keep their "
+                    "order: count them so in the instruction.",
+                ),
             ],
             outputs=[VQSocket.Output("vq", tooltip=_VQ_OUT)],
             hidden=[io.Hidden.dynprompt],
@@ -267,17 +279,19 @@ class LLaDA2Edit(io.ComfyNode):
         top_k=0,
         top_p=1.0,
         sprint=None,
+        source=0,
     ) -> io.NodeOutput:
         from ..llada2_mlx import tasks
         from ..llada2_mlx.backbone.acceptance import Sampling
 
         prompts.require_text(instruction, "instruction")
-        host.warn(doubt(vq[0], backbone.checkpoint, "editing"), backbone.tokens.doubt(instruction))
+        vq = with_source(vq, source)
+        host.warn(doubt(readings(vq)[0], backbone.checkpoint, "editing"), backbone.tokens.doubt(instruction))
         edited = []
-        for grid, own_seed, on_step in host.pictures(vq, seed):
+        for pictures, own_seed, on_step in host.readings(vq, seed):
             drawing = tasks.edit(
                 backbone,
-                grid,
+                pictures,
                 instruction,
                 text_guidance,
                 image_guidance,

@@ -9,6 +9,14 @@ from . import host
 BackboneSocket = io.Custom("LLADA2_BACKBONE")
 # A batch: a tuple of ``llada2_mlx.vq.VQGrid`` of one size.
 VQSocket = io.Custom("LLADA2_VQ")
+# Pictures that are read together: a ``llada2_mlx.vq.GridSet``. A socket of its own, because a set cannot be decoded.
+VQSetSocket = io.Custom("LLADA2_VQ_SET")
+
+# A ``llada2_mlx.chat.Conversation``, which never changes.
+ChatSocket = io.Custom("LLADA2_CHAT")
+
+# How many inputs for pictures LLaDA2JoinVQ can grow; each takes a batch.
+MOST_JOINED = 32
 # A ``llada2_mlx.backbone.sprint.Sprint``.
 SprintSocket = io.Custom("LLADA2_SPRINT")
 
@@ -27,6 +35,11 @@ def model_input(what: str, own: str | None = None) -> io.Combo.Input:
         tooltip=f"Whose {what} to use: a folder under models/llada2, the built-in model, or the hub's, which is downloaded on first use. "
         f"{host.BUILT_IN} is a toy to try the nodes with: it knows {SUMMARY}.",
     )
+
+
+def pictures_input(tooltip: str, optional: bool = False) -> io.Input:
+    """A batch, whose pictures are read one by one, or a set. Lazy: a model of other codes is refused before a picture is made."""
+    return io.MultiType.Input("vq", [VQSocket, VQSetSocket], lazy=True, optional=optional, tooltip=tooltip)
 
 
 def seed_input(effect: str, after: bool | io.ControlAfterGenerate = True) -> io.Int.Input:

@@ -4,12 +4,13 @@ from comfy_api.latest import io
 
 from ..llada2_mlx import prompts
 from ..llada2_mlx.checkpoint.codebook import doubt
+from ..llada2_mlx.vq import readings
 from . import host
 from .sockets import (
     BackboneSocket,
-    VQSocket,
     block_inputs,
     choice_inputs,
+    pictures_input,
     sprint_input,
     temperature_input,
     token_seed_input,
@@ -23,13 +24,14 @@ class LLaDA2Understand(io.ComfyNode):
             node_id="LLaDA2Understand",
             display_name="LLaDA2 Understand",
             category="LLaDA2",
-            description="Answers a question about a picture. The picture comes as codes from SigLIP-VQ Encode with purpose understand; "
-            "a batch gives a list of answers. The answer shows as it grows.",
+            description="Answers a question about a picture, or about several. The picture comes as codes from SigLIP-VQ Encode with purpose understand; "
+            "a batch gives a list of answers, a set from LLaDA2 Join VQ one answer about all its pictures. The answer shows as it grows.",
             search_aliases=["llada", "vqa", "caption", "describe image", "image to text", "question", "interrogate"],
             inputs=[
                 BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
-                # lazy: a model of other codes is refused before the picture is made
-                VQSocket.Input("vq", lazy=True, tooltip="The picture, from SigLIP-VQ Encode with purpose understand."),
+                pictures_input(
+                    "The picture, from SigLIP-VQ Encode with purpose understand; or several, from LLaDA2 Join VQ: number them in the question."
+                ),
                 io.String.Input(
                     "question",
                     multiline=True,
@@ -96,13 +98,13 @@ class LLaDA2Understand(io.ComfyNode):
         from ..llada2_mlx.backbone.acceptance import Sampling
 
         prompts.require_text(question, "question")
-        host.warn(doubt(vq[0], backbone.checkpoint, "understanding"), backbone.tokens.doubt(question))
+        host.warn(doubt(readings(vq)[0], backbone.checkpoint, "understanding"), backbone.tokens.doubt(question))
         answers = []
         show = host.progress_text()
-        for grid, own_seed, on_step in host.pictures(vq, seed):
+        for pictures, own_seed, on_step in host.readings(vq, seed):
             answer = tasks.understand(
                 backbone,
-                grid,
+                pictures,
                 question,
                 max_new_tokens,
                 Sampling(block_length, steps, threshold, temperature, top_k, top_p, own_seed),

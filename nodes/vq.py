@@ -10,10 +10,11 @@ from ..llada2_mlx.imaging.pixels import to_images
 from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, SMALLEST_SIDE, UNIT, Purpose, prepare_for, side_or_own, use_of
 from ..llada2_mlx.imaging.transformer_torch import Decoder, check_decode
 from ..llada2_mlx.imaging.vae import VAE
+from ..llada2_mlx.vq import GridSet
 from . import host
-from .sockets import BackboneSocket, VQSocket, model_input, seed_input
+from .sockets import MOST_JOINED, BackboneSocket, VQSetSocket, VQSocket, model_input, seed_input
 
-_PURPOSES = [purpose.value for purpose in (Purpose.UNDERSTAND, Purpose.EDIT, Purpose.EDIT_PUBLISHED)]
+_PURPOSES = [purpose.value for purpose in Purpose]
 _PARTS = {"full": Part.DECODER, "turbo": Part.DECODER_TURBO}
 
 
@@ -35,6 +36,7 @@ class SigLIPVQEncode(io.ComfyNode):
                     options=_PURPOSES,
                     default="understand",
                     tooltip="understand: the picture's own size, at most 800 x 800 pixels of area. "
+                    "understand with others: the same, at most 448 x 448, for a picture of a set from LLaDA2 Join VQ. "
                     "edit: scaled to cover the nearest size of about 512 x 512, then cropped. "
                     "edit as published: cropped without scaling, so that a large photo loses all but its middle. "
                     "A model may state other sizes of its own; then a picture is scaled to cover that size, and cropped.",
@@ -90,6 +92,35 @@ class SigLIPVQEncode(io.ComfyNode):
         on_step = host.progress()
         tokenizer = host.image_part(model, Part.IMAGE_TOKENIZER).get(on_step)
         return io.NodeOutput(host.named(model, tokenizer.encode_prepared(prepared, on_step, use_of(purpose))))
+
+
+class LLaDA2JoinVQ(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        picture = VQSocket.Input("vq", tooltip="A picture as codes, or a batch, whose pictures follow one another.")
+        names = [f"picture{number}" for number in range(1, MOST_JOINED + 1)]
+        return io.Schema(
+            node_id=host.JOIN,
+            display_name="LLaDA2 Join VQ",
+            category="LLaDA2",
+            description="Makes one set of several pictures, to ask about them together in LLaDA2 Understand, or to edit the last with the others to "
+            "refer to in LLaDA2 Edit. Their sizes are free, and they keep their order. Encode each with purpose understand with others, or edit.",
+            search_aliases=["llada", "several pictures", "multiple images", "batch vq", "reference images", "combine"],
+            inputs=[
+                io.Autogrow.Input(
+                    "pictures",
+                    template=io.Autogrow.TemplateNames(picture, names=names, min=1),
+                    tooltip="The pictures, in the order in which the model reads them. Connect one, and another input appears.",
+                )
+            ],
+            outputs=[VQSetSocket.Output("set", tooltip="The pictures together, for LLaDA2 Understand or LLaDA2 Edit.")],
+        )
+
+    @classmethod
+    @host.explains
+    def execute(cls, pictures: io.Autogrow.Type | None = None) -> io.NodeOutput:
+        inputs = sorted((pictures or {}).items(), key=lambda each: int(each[0].removeprefix("picture")))
+        return io.NodeOutput(GridSet(tuple(grid for _, grids in inputs for grid in grids or ())))
 
 
 class ZImageDecode(io.ComfyNode):

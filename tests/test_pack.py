@@ -49,7 +49,8 @@ FLOORS = (
     {"backbone", "imaging"},
     {"prompts"},
     {"tasks"},
-    {"shapes"},
+    {"chat"},
+    {"shapes", "terminal"},
     {"cli"},
 )
 

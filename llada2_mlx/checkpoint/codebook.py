@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import RequestError
-from ..vq import Origin, VQGrid
+from ..vq import Origin, Pictures, VQGrid, grids_of
 from .layout import Checkpoint, visible
 
 VECTORS = "model.vqmodel.quantize.embedding.weight"  # in the image tokenizer's file
@@ -52,12 +52,22 @@ def require_one_codebook(theirs: Origin, checkpoint: Checkpoint) -> None:
         )
 
 
-def doubt(grid: VQGrid, checkpoint: Checkpoint, use: str) -> str | None:
+def doubt(pictures: Pictures, checkpoint: Checkpoint, use: str) -> str | None:
     """A sentence where a grid has another size or purpose than its use asks for, else None.
+
+    Of a set it is about the first such picture, and says which that is.
 
     Args:
         use: "understanding" or "editing".
     """
+    grids = grids_of(pictures)
+    for number, grid in enumerate(grids, 1):
+        if sentence := _doubt(grid, checkpoint, use):
+            return f"Picture {number} of {len(grids)}: {sentence}" if len(grids) > 1 else sentence
+    return None
+
+
+def _doubt(grid: VQGrid, checkpoint: Checkpoint, use: str) -> str | None:
     if sentence := checkpoint.image_sizes.doubt_grid(use, grid):
         return sentence
     if grid.origin.use in ("", use):

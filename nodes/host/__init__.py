@@ -13,17 +13,18 @@ from .folders import (
     model_of_codes,
     named,
 )
-from .graph import check_codes, check_one_codebook, given
+from .graph import JOIN, check_codes, check_one_codebook, given, is_linked
 from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
 from .preview import appearing
-from .progress import explains, pictures, progress, progress_text, tell, warn
+from .progress import explains, progress, progress_text, readings, tell, warn
 from .validation import refusal
 
 __all__ = [
     "BACKBONES",
     "BUILT_IN",
     "CODES",
+    "JOIN",
     "ManagedBackbone",
     "ManagedPart",
     "appearing",
@@ -40,15 +41,16 @@ __all__ = [
     "grid_fingerprint",
     "grid_names",
     "image_part",
+    "is_linked",
     "load_grid",
     "missing_packages",
     "model_names",
     "model_of_backbone",
     "model_of_codes",
     "named",
-    "pictures",
     "progress",
     "progress_text",
+    "readings",
     "refusal",
     "repair_hint",
     "save_grids",

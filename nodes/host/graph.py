@@ -19,15 +19,25 @@ from .grids import LOADER, model_of_file
 if TYPE_CHECKING:
     from comfy_execution.graph import DynamicPrompt
 
+JOIN = "LLaDA2JoinVQ"  # the node whose every input is used
 
-def models_behind(graph: DynamicPrompt | None, name: str) -> list[str]:
-    """The models whose codes or backbone can come over the link ``name`` of the running node.
 
-    Several where a node of somebody else's chooses between links; none where the graph does not say.
+def is_linked(graph: DynamicPrompt | None, name: str) -> bool:
+    """Whether the running node has a link to its input ``name``."""
+    return is_link(given(graph, name))
+
+
+def models_behind(graph: DynamicPrompt | None, name: str) -> list[list[str]]:
+    """The models whose codes or backbone can come over the link ``name`` of the running node, a list for each picture.
+
+    A list has several where a node of somebody else's chooses between links, and none where the graph does not say.
     """
     if graph is None:
-        return []
-    return list(dict.fromkeys(_models(graph, given(graph, name), model_names(), set())))
+        return [[]]
+    names, links = model_names(), [given(graph, name)]
+    if name == "vq":
+        links = list(_joined(graph, links[0]))
+    return [list(dict.fromkeys(_models(graph, link, names, set()))) for link in links]
 
 
 def given(graph: DynamicPrompt | None, name: str) -> Any:
@@ -48,14 +58,14 @@ def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkp
     Raises:
         LLaDA2Error: what ``check`` raises, or the model has another codebook than every one that the codes can be of.
     """
-    makers = models_behind(graph, "vq")
-    used = makers if model == CODES else [model]
-    if HUB_MODEL in (*used, *makers):
-        return
-    if check is not None:
-        _require_any(lambda own=own: check(checkpoint(own)) for own in used)
-    if model != CODES:
-        _require_any(partial(_check_pair, maker, model) for maker in makers)
+    for makers in models_behind(graph, "vq"):
+        used = makers if model == CODES else [model]
+        if HUB_MODEL in (*used, *makers):
+            continue
+        if check is not None:
+            _require_any(lambda own=own: check(checkpoint(own)) for own in used)
+        if model != CODES:
+            _require_any(partial(_check_pair, maker, model) for maker in makers)
 
 
 def check_one_codebook(graph: DynamicPrompt | None, one: str, other: str) -> None:
@@ -75,6 +85,15 @@ def check_one_codebook(graph: DynamicPrompt | None, one: str, other: str) -> Non
 
 def _check_pair(maker: str, model: str) -> None:
     require_one_codebook(origin(checkpoint(maker), maker), checkpoint(model))
+
+
+def _joined(graph: DynamicPrompt, link: Any) -> Iterator[Any]:
+    """The links behind a link to a node that joins pictures, all of which come over it; any other link is itself."""
+    if is_link(link) and graph.has_node(link[0]) and graph.get_node(link[0])["class_type"] == JOIN:
+        for each in graph.get_node(link[0])["inputs"].values():
+            yield from _joined(graph, each)
+    else:
+        yield link
 
 
 def _models(graph: DynamicPrompt, link: Any, names: list[str], seen: set[str]) -> Iterator[str]:

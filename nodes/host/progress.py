@@ -14,7 +14,8 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ...llada2_mlx.progress import amount
-from ...llada2_mlx.vq import VQGrid, picture_seed
+from ...llada2_mlx.vq import GridSet, Pictures, VQGrid, picture_seed
+from ...llada2_mlx.vq import readings as vq_readings
 from .dependencies import explains_imports
 
 if TYPE_CHECKING:
@@ -50,10 +51,11 @@ class progress:  # called as the function that it makes is
         self._bar.update_absolute(self._bar.current, preview=("PNG", picture, None))
 
 
-def pictures(grids: tuple[VQGrid, ...], seed: int) -> Iterator[tuple[VQGrid, int, progress]]:
-    """Each grid of a batch, with the seed and the ``OnStep`` of its own."""
-    for index, grid in enumerate(grids):
-        yield grid, picture_seed(seed, index), progress(index, len(grids))
+def readings(vq: tuple[VQGrid, ...] | GridSet, seed: int) -> Iterator[tuple[Pictures, int, progress]]:
+    """Each picture of a batch, or a set as a whole, with the seed and the ``OnStep`` of its own."""
+    together = vq_readings(vq)
+    for index, pictures in enumerate(together):
+        yield pictures, picture_seed(seed, index), progress(index, len(together))
 
 
 def progress_text(passing: bool = False) -> Callable[..., None]:
