@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,8 @@ from .checkpoint.layout import ABSENT, BUILT_IN, HUB_MODEL, Checkpoint, Part, re
 from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
-from .progress import Progress
-from .vq import GridSet, Pictures, VQGrid, grids_of
+from .progress import OnStep, Progress
+from .vq import GridSet, Pictures, VQGrid, grids_of, picture_seed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -159,6 +159,45 @@ def edit(a: argparse.Namespace) -> None:
     backbone.unload()  # makes room for the decoder
     _decode(a, checkpoint, drawing.grids, options)
     _tell(drawing.report)
+
+
+def story(a: argparse.Namespace) -> None:
+    """Tell a story in words and pictures, into a folder with a page to look at."""
+    from . import story as stories
+
+    prompts.require_text(a.prompt, "prompt")
+    folder = _empty_folder(a.output)
+    checkpoint = _resolve(a, Part.BACKBONE, *_decoder_parts(a))
+    options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
+    _warn(backbone.tokens.doubt(a.prompt))
+
+    so_far = ""
+
+    def write(text: str) -> None:
+        nonlocal so_far
+        so_far = text
+
+    def keep(number: int, grid: VQGrid) -> None:
+        folder.mkdir(exist_ok=True)
+        grid.save(folder / stories.picture_name(number, ".safetensors"))
+        _write(folder / "story.md", f"{so_far}\n\n{stories.picture_link(number)}\n")
+
+    with _Bars() as on_step:
+        limits = {"pictures": a.pictures, "codes": a.picture_codes, "text": a.text_length}
+        guided = {"text_guidance": a.text_guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
+        writing = {"text_steps": a.text_steps, "text_temperature": a.text_temperature}
+        calls = {"on_step": on_step, "on_text": write, "on_picture": keep}
+        told = stories.tell(backbone, a.prompt, **limits, **guided, **writing, sampling=sampling, **calls)
+    folder.mkdir(exist_ok=True)
+    _write(folder / "story.md", told.markdown + "\n")
+    _warn(*told.warnings)
+    backbone.unload()  # makes room for the decoder
+    paths = [str(folder / stories.picture_name(number)) for number in range(1, len(told.grids) + 1)]
+    if told.grids:
+        _decode_each(a, checkpoint, told.grids, options, paths)
+    _write(folder / "index.html", stories.to_html(told.parts, prompts.trim(a.prompt)))
+    print(f"{folder / 'index.html'}: {len(told.texts)} texts, {len(told.grids)} pictures")
+    _tell(told.report)
 
 
 def encode(a: argparse.Namespace) -> None:
@@ -330,8 +369,6 @@ def _warn(*doubts: str | None) -> None:
 
 
 def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grids: Sequence[VQGrid], options: DecodeOptions) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
     from .imaging import load_part
     from .imaging.pixels import to_images
 
@@ -339,18 +376,55 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grids: Sequence[VQGri
     with _Bars() as on_step:
         latents = load_part(checkpoint, part, _device(a), on_step).sample(grids, options, on_step)
         pixels = load_part(checkpoint, Part.VAE, _device(a), on_step).decode(latents, on_step)
+    for image, path in zip(to_images(pixels), _numbered(a.output, len(grids)), strict=True):
+        _save_picture(a, image, path, options)
+
+
+def _decode_each(
+    a: argparse.Namespace,
+    checkpoint: Checkpoint,
+    grids: Sequence[VQGrid],
+    options: DecodeOptions,
+    paths: Sequence[str],
+) -> None:
+    """Decode grids of any sizes one after the other. The seeds are those of a batch."""
+    from .imaging import load_part
+    from .imaging.pixels import to_images
+
+    part, _ = DECODERS[a.decoder]
+    with _Bars() as on_step:
+
+        def of(number: int) -> OnStep:
+            return lambda progress: on_step(replace(progress, phase=f"picture {number}: {progress.phase}"))
+
+        decoder = load_part(checkpoint, part, _device(a), on_step)
+        seeded = [replace(options, seed=picture_seed(options.seed, index)) for index in range(len(grids))]
+        latents = [
+            decoder.sample([grid], own, of(number))
+            for number, (grid, own) in enumerate(zip(grids, seeded, strict=True), 1)
+        ]
+        del decoder  # makes room for the VAE
+        vae = load_part(checkpoint, Part.VAE, _device(a), on_step)
+        for number, (latent, own, path) in enumerate(zip(latents, seeded, paths, strict=True), 1):
+            (image,) = to_images(vae.decode(latent, of(number)))
+            _save_picture(a, image, path, own, picture=number)
+
+
+def _save_picture(a: argparse.Namespace, image: Image.Image, path: str, options: DecodeOptions, **more: object) -> None:
+    """Write a PNG file that carries its parameters."""
+    from PIL.PngImagePlugin import PngInfo
+
     parameters = {key: value for key, value in vars(a).items() if key != "command" and value is not None}
     # names, not folders: the picture may be shown to others
     local = ("model", "image", "codes", "output")
     parameters |= {key: _name(parameters[key]) for key in local if key in parameters}
     parameters |= {"others": [_name(path) for path in parameters["others"]]} if "others" in parameters else {}
-    parameters |= {"decoder_steps": options.steps, "version": __version__}
+    parameters |= {"decoder_steps": options.steps, "version": __version__, **more}
     metadata = PngInfo()
     metadata.add_itxt("parameters", json.dumps(parameters, default=str, ensure_ascii=False))
-    for image, path in zip(to_images(pixels), _numbered(a.output, len(grids)), strict=True):
-        with replacing(Path(path)) as partial:
-            image.save(partial, format="PNG", pnginfo=metadata)
-        print(f"{path}: {image.width} x {image.height} pixels")
+    with replacing(Path(path)) as partial:
+        image.save(partial, format="PNG", pnginfo=metadata)
+    print(f"{path}: {image.width} x {image.height} pixels")
 
 
 def _numbered(path: str, count: int) -> list[str]:
@@ -389,6 +463,29 @@ def _writable(path: str, suffix: str) -> None:
             pass
     except OSError as error:
         raise RequestError(f"The output {path} cannot be written ({error.strerror}).") from None
+
+
+def _empty_folder(path: str) -> Path:
+    """Say before the work, not after it, that a folder cannot be made, or holds something already."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"The output {path} is a file, not a folder. Choose another name.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RequestError(f"The folder {path} is not empty. Choose a new one, or empty it; nothing in it is replaced.")
+    parent = folder if folder.is_dir() else folder.absolute().parent
+    if not parent.is_dir():
+        raise RequestError(f"The output {path} cannot be written: the folder that it is in has to exist.")
+    try:
+        with tempfile.NamedTemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise RequestError(f"The output {path} cannot be written ({error.strerror}).") from None
+    return folder
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _decoder_parts(a: argparse.Namespace) -> tuple[Part, Part]:
@@ -477,8 +574,10 @@ def _parser() -> argparse.ArgumentParser:
     guided.add_argument("--rescale", type=float, default=0.7, help="of guided logits, 0 to 1")
     guided.add_argument("--steps", type=int, default=8, help="denoising steps for a block")
 
+    to_file = argparse.ArgumentParser(add_help=False)
+    to_file.add_argument("-o", "--output", default="picture.png", help="the PNG file to write (default: picture.png)")
+
     decoding = argparse.ArgumentParser(add_help=False)
-    decoding.add_argument("-o", "--output", default="picture.png", help="the PNG file to write (default: picture.png)")
     decoding.add_argument("--decoder", choices=DECODERS, default="turbo", help="default: turbo")
     decoding.add_argument("--decoder-steps", type=int, help="default: 50 full, 8 turbo")
     decoding.add_argument("--decoder-guidance", type=float, default=1.0, help="1: as published, 0: none (default: 1)")
@@ -521,7 +620,7 @@ def _parser() -> argparse.ArgumentParser:
         "picture that is changed",
     )
 
-    p = add(t2i, sampling, guided, sprinting, decoding)
+    p = add(t2i, sampling, guided, sprinting, to_file, decoding)
     p.add_argument("prompt")
     p.add_argument("--width", type=int, default=0, help="pixels; 0: the model's own")
     p.add_argument("--height", type=int, default=0, help="pixels; 0: the model's own")
@@ -551,7 +650,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048, help="of an answer")
 
-    p = add(edit, sampling, guided, sprinting, decoding, encoding, with_others)
+    p = add(edit, sampling, guided, sprinting, to_file, decoding, encoding, with_others)
     p.add_argument("image")
     p.add_argument("instruction")
     p.add_argument("--guidance", type=float, default=4.0, help="of the text")
@@ -560,12 +659,29 @@ def _parser() -> argparse.ArgumentParser:
         "--published-crop", action="store_true", help="crop the middle of the picture without scaling it first"
     )
 
+    p = add(story, sampling, guided, decoding)
+    p.add_argument("prompt")
+    p.add_argument(
+        "-o",
+        "--output",
+        default="story",
+        metavar="FOLDER",
+        help="a new or empty folder (default: story); gets index.html, story.md, and of each picture a PNG file and its codes",
+    )
+    p.add_argument("--pictures", type=int, default=10, help="at most (default: 10)")
+    p.add_argument("--picture-codes", type=int, default=4096, help="of a picture at most (default: 4096)")
+    p.add_argument("--text-length", type=int, default=8192, help="tokens of all texts at most (default: 8192)")
+    p.add_argument("--text-guidance", type=float, default=7.5, help="how closely pictures follow the words")
+    p.add_argument("--image-guidance", type=float, default=1.5, help="how closely they keep to the pictures before")
+    p.add_argument("--text-steps", type=int, default=32, help="denoising steps for a block of text")
+    p.add_argument("--text-temperature", type=float, default=0.0, help="of the texts")
+
     p = add(encode, encoding)
     p.add_argument("image")
     p.add_argument("-o", "--output", default="codes.safetensors")
     p.add_argument("--purpose", choices=PURPOSES, default="understand")
 
-    p = add(decode, decoding)
+    p = add(decode, to_file, decoding)
     p.add_argument("codes")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
 

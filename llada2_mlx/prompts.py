@@ -18,6 +18,7 @@ _ASSISTANT = "<role>ASSISTANT</role>"
 _DRAW = f"<role>SYSTEM</role> You are a text-to-image generation assistant. {_HUMAN}"
 _THINK = f"<role>SYSTEM</role> You are a text-to-image generation assistant with a thinking process. {_HUMAN}"
 _EDIT = f"<role>SYSTEM</role> You are an image editing assistant. {_HUMAN}"
+_TELL = f"<role>SYSTEM</role> You are a interleaved generation assistant. {_HUMAN}"  # so in the model's training
 _UNCONDITION = "<uncondition>"
 _TALK = "You are a multimodal understanding assistant."
 
@@ -100,6 +101,27 @@ def edit(tokens: Tokens, pictures: Pictures, instruction: str, size: tuple[int, 
         *header,
     ]
     return Prompt((ask(picture, instruction), ask(picture, _UNCONDITION), ask([tokens.image], instruction)))
+
+
+def story(tokens: Tokens, prompt: str) -> Prompt:
+    """One branch, after which the model writes texts and pictures in turn."""
+    return Prompt((_ask(tokens, _TELL, prompt),))
+
+
+def story_picture(
+    tokens: Tokens, told: Sequence[int], text: Sequence[int], header: Sequence[int], first: bool
+) -> Prompt:
+    """Branches of a picture in a story: conditional, then unconditional for the first picture; without the text and
+    without the pictures before it for a later one.
+
+    Args:
+        told: ids from the request up to the last picture's end, or the request alone.
+        text: ids after that.
+        header: of the picture that comes now.
+    """
+    nothing = _ask(tokens, _TELL, _UNCONDITION)
+    others = [[*nothing]] if first else [[*told, *written(tokens, _UNCONDITION)], [*nothing, *text]]
+    return Prompt(tuple([*branch, *header] for branch in ([*told, *text], *others)))
 
 
 def chat(

@@ -8,6 +8,7 @@ from .generate import LLaDA2Edit, LLaDA2TextToVQ
 from .grids import GRID_NODES
 from .redraw import LLaDA2Grow, LLaDA2Redraw
 from .sprint import LLaDA2Sprint
+from .story import LLaDA2Story
 from .understand import LLaDA2Understand
 from .vq import LLaDA2JoinVQ, SigLIPVQEncode, ZImageDecode
 
@@ -24,6 +25,7 @@ class LLaDA2Extension(ComfyExtension):
             LLaDA2Edit,
             LLaDA2Redraw,
             LLaDA2Grow,
+            LLaDA2Story,
             LLaDA2Sprint,
             ZImageDecode,
             *GRID_NODES,

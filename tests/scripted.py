@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.backbone.network import LLaDA2
 
 
 class ScriptedNetwork:
@@ -33,6 +35,31 @@ class ScriptedNetwork:
 
     def logits(self, hidden: mx.array, rows: slice = slice(None)) -> mx.array:
         return hidden[..., rows]
+
+
+class SteeredNetwork:
+    """A network that is its own but for the texts: there it is sure of the script's id, as ``ScriptedNetwork`` is.
+
+    Wherever text ids can be chosen, a text is written. So it has to draw with ids from the image codes on alone.
+    """
+
+    def __init__(self, network: LLaDA2, script: Sequence[int]):
+        self.network, self.script, self.end = network, np.array(script), 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+    def __call__(self, ids: mx.array, start: int = 0, mask=None, cache=None) -> mx.array:
+        self.end = start + ids.shape[1]
+        return self.network(ids, start, mask, cache)
+
+    def logits(self, hidden: mx.array, rows: slice = slice(None)) -> mx.array:
+        logits = self.network.logits(hidden, rows)
+        if rows.start:
+            return logits
+        here = np.minimum(np.arange(self.end - hidden.shape[-2], self.end), len(self.script) - 1)
+        wanted = mx.array(self.script[here])[:, None] == mx.arange(logits.shape[-1])
+        return mx.broadcast_to(mx.where(wanted, 100.0, -100.0), logits.shape)
 
 
 def scripted(backbone: Backbone, prompt: Sequence[int], script: Sequence[int], patch: pytest.MonkeyPatch) -> None:

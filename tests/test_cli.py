@@ -15,9 +15,11 @@ import pytest
 from demonstration import Demo
 from pictures import noise
 from PIL import Image
+from scripted import ScriptedNetwork
 from synthetic import tiny
 
-from llada2_mlx import cli
+from llada2_mlx import cli, prompts
+from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.codebook import origin
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.imaging.look import look, palette
@@ -96,6 +98,88 @@ def test_a_plan_that_begins_no_picture(run) -> None:
     assert not list(Path().glob("*.png"))
 
 
+ASKED = "a fox & its <den>"
+
+
+def story_of(monkeypatch: pytest.MonkeyPatch, stops_at: int | None = None) -> list[str]:
+    """Let the tiny model tell two pictures with a text before each; returns its texts.
+
+    Args:
+        stops_at: how many positions after the request Ctrl-C is pressed.
+    """
+    backbone = Backbone(Checkpoint(tiny()), "float32")
+    tokens, texts = backbone.tokens, ["A fox <b>woke</b> up.\n\nEarly & cold.", "It slept."]
+    codes = lambda size, code: tokens.codes_to_ids([code] * size)
+    script = [*tokens.encode(texts[0]), *tokens.header(8, 8), *codes(64, 3), tokens.image_end]
+    script += [*tokens.encode(texts[1]), *tokens.header(8, 10), *codes(80, 5), tokens.image_end, tokens.end]
+    request = prompts.story(tokens, ASKED).conditional
+
+    class Network(ScriptedNetwork):
+        def __call__(self, ids, start=0, *rest):
+            if stops_at is not None and start >= len(request) + stops_at:
+                raise KeyboardInterrupt
+            return super().__call__(ids, start, *rest)
+
+    network = Network(backbone, [*request, *script])
+    monkeypatch.setattr(Backbone, "load", lambda self, on_step=None: network)
+    return texts
+
+
+STORY = ("story", ASKED, "--rescale", "0", "--steps", "4", "--decoder-steps", "2")
+
+
+def test_a_story_is_a_page_with_its_pictures(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = story_of(monkeypatch)
+    status, out, _ = run(*STORY, "--seed", "6", "-o", "tale")
+    assert status == 0 and out.splitlines() == [
+        "tale/picture_1.png: 256 x 256 pixels",
+        "tale/picture_2.png: 320 x 256 pixels",
+        "tale/index.html: 2 texts, 2 pictures",
+    ]
+    pictures = [f"picture_{number}.{suffix}" for number in (1, 2) for suffix in ("png", "safetensors")]
+    assert sorted(path.name for path in Path("tale").iterdir()) == ["index.html", *pictures, "story.md"]
+    page = Path("tale/index.html").read_text()
+    assert re.findall(r'src="([^"]+)"', page) == ["picture_1.png", "picture_2.png"]
+    assert "<p>A fox &lt;b&gt;woke&lt;/b&gt; up.</p>" in page and "<p>Early &amp; cold.</p>" in page
+    assert "<h1>a fox &amp; its &lt;den&gt;</h1>" in page and "<b>" not in page
+    links = [f"![picture {number}](picture_{number}.png)" for number in (1, 2)]
+    assert Path("tale/story.md").read_text() == f"{texts[0]}\n\n{links[0]}\n\n{texts[1]}\n\n{links[1]}\n"
+    grid = VQGrid.load("tale/picture_2.safetensors")
+    assert grid.codes.tolist() == [[5] * 10] * 8 and grid.origin == origin(Checkpoint(tiny()))
+    # each picture is its codes decoded with a seed of its own
+    words = ("--seed", "7", "--decoder-steps", "2", "-o", "again.png")
+    assert run("decode", "tale/picture_2.safetensors", *words)[0] == 0
+    with Image.open("tale/picture_2.png") as told, Image.open("again.png") as again:
+        assert told.tobytes() == again.tobytes()
+        assert json.loads(told.text["parameters"])["picture"] == 2
+
+
+def test_a_story_that_is_stopped_keeps_what_is_finished(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = story_of(monkeypatch, stops_at=150)
+    status, _, err = run(*STORY)
+    assert status == 130 and err.endswith("stopped\n")
+    assert sorted(path.name for path in Path("story").iterdir()) == ["picture_1.safetensors", "story.md"]
+    assert VQGrid.load("story/picture_1.safetensors").codes.tolist() == [[3] * 8] * 8
+    assert Path("story/story.md").read_text() == f"{texts[0]}\n\n![picture 1](picture_1.png)\n"
+
+
+def test_a_story_replaces_nothing(run) -> None:
+    Path("story").mkdir()
+    Path("story/mine.txt").write_text("mine")
+    Path("file").write_text("mine")
+    for folder, message in (("story", "is not empty"), ("file", "is a file"), ("no/such", "has to exist")):
+        status, _, err = run("story", "a fox", "-o", folder)
+        assert status == 1 and message in err and err.count("\n") == 1
+    assert [path.name for path in Path("story").iterdir()] == ["mine.txt"]
+
+
+def test_a_model_that_tells_nothing_leaves_nothing(run) -> None:
+    """The built-in model has not learned to tell stories."""
+    status, _, err = run("story", "a red circle", "--text-length", "64", "--model", str(BUILT_IN))
+    assert (status == 0) == Path("story/index.html").exists()
+    assert status == 0 or "neither text nor a picture" in err and not Path("story").exists()
+
+
 def test_a_question(run) -> None:
     noise(128, 128).save("picture.png")
     status, out, _ = run("understand", "picture.png", "What is it?", "--max-new-tokens", "16", "--steps", "4")
@@ -158,6 +242,10 @@ def test_what_a_model_is(run) -> None:
         (("t2i", " "), "prompt is empty"),
         (("understand", "picture.png", ""), "question is empty"),
         (("edit", "picture.png", ""), "instruction is empty"),
+        (("story", " "), "prompt is empty"),
+        (("story", "a cat", "--pictures", "0"), "story of 0 pictures"),
+        (("story", "a cat", "--picture-codes", "9"), "smallest one has 64"),
+        (("story", "a cat", "--decoder-steps", "0"), "steps"),
         (("t2i", "a cat", "--width", "100"), "multiples of 32"),
         (("t2i", "a cat", "--steps", "0"), "steps is 0"),
         (("t2i", "a cat", "--guidance", "-1"), "guidance scale is -1"),

@@ -49,7 +49,7 @@ FLOORS = (
     {"backbone", "imaging"},
     {"prompts"},
     {"tasks"},
-    {"chat"},
+    {"chat", "story"},
     {"shapes", "terminal"},
     {"cli"},
 )

@@ -13,7 +13,7 @@ from .folders import (
     model_of_codes,
     named,
 )
-from .graph import JOIN, check_codes, check_one_codebook, given, is_linked
+from .graph import JOIN, check_codes, check_one_codebook, given, is_linked, listed
 from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
 from .preview import appearing
@@ -42,6 +42,7 @@ __all__ = [
     "grid_names",
     "image_part",
     "is_linked",
+    "listed",
     "load_grid",
     "missing_packages",
     "model_names",

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from comfy_execution.graph_utils import is_link
+from comfy_execution.graph_utils import ExecutionBlocker, is_link
 from comfy_execution.utils import get_executing_context
 
 from ...llada2_mlx.checkpoint.codebook import origin, require_one_codebook
@@ -44,6 +44,11 @@ def given(graph: DynamicPrompt | None, name: str) -> Any:
     """An input of the running node as the graph has it; None where it has none."""
     context = get_executing_context()
     return None if graph is None or context is None else graph.get_node(context.node_id)["inputs"].get(name)
+
+
+def listed(values: list) -> list | ExecutionBlocker:
+    """A list for an output; where it is empty, what lets ComfyUI leave out the nodes behind it, which it would fail in."""
+    return values or ExecutionBlocker(None)
 
 
 def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkpoint], object] | None = None) -> None:

@@ -1,0 +1,177 @@
+"""LLaDA2Story: a request -> texts and pictures in turn."""
+
+from comfy_api.latest import io
+
+from ..llada2_mlx import prompts
+from ..llada2_mlx.checkpoint.sizes import DECODED_PIXELS
+from . import host
+from .sockets import BackboneSocket, VQSocket, block_inputs, choice_inputs, seed_input
+
+
+class LLaDA2Story(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LLaDA2Story",
+            display_name="LLaDA2 Story",
+            category="LLaDA2",
+            description="Tells a story in words and pictures, in one go: the model says when a picture comes and of what size it is, "
+            "and each picture sees those before it. The story shows as it grows.",
+            search_aliases=[
+                "llada",
+                "story",
+                "interleaved",
+                "comic",
+                "text and images",
+                "illustrated",
+                "several pictures",
+            ],
+            inputs=[
+                BackboneSocket.Input("backbone", tooltip="From Load LLaDA2 Backbone."),
+                io.String.Input(
+                    "prompt", multiline=True, dynamic_prompts=True, default="", tooltip="What to tell, in any language."
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=10,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures at most. The story ends by itself before, or where the model begins one more.",
+                ),
+                io.Int.Input(
+                    "steps", default=8, min=1, max=256, tooltip="Denoising steps for each block of a picture."
+                ),
+                io.Float.Input(
+                    "text_guidance",
+                    default=7.5,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="How closely a picture follows the words; 1 is none.",
+                ),
+                io.Float.Input(
+                    "image_guidance",
+                    default=1.5,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="How closely a picture keeps to those before it; 0 is none and takes less work. The first picture has none.",
+                ),
+                seed_input(
+                    "Only matters above a temperature of 0. Picture i, and the text before it, use seed + i, counted from 0.",
+                    io.ControlAfterGenerate.fixed,
+                ),
+                _temperature_input("temperature", "pictures"),
+                _temperature_input("text_temperature", "texts"),
+                io.Int.Input(
+                    "text_steps",
+                    default=32,
+                    min=1,
+                    max=256,
+                    advanced=True,
+                    tooltip="Denoising steps for each block of text. Fewer is faster and rougher.",
+                ),
+                io.Int.Input(
+                    "text_length",
+                    default=8192,
+                    min=1,
+                    max=131072,
+                    advanced=True,
+                    tooltip="Tokens of all texts together at most; the story ends by itself before.",
+                ),
+                io.Int.Input(
+                    "picture_codes",
+                    default=4096,
+                    min=64,
+                    max=65536,
+                    advanced=True,
+                    tooltip="Codes of a picture at most: the story ends before a larger one. A code is "
+                    f"{DECODED_PIXELS} x {DECODED_PIXELS} pixels, so 1024 x 1024 pixels are 1024 codes.",
+                ),
+                *block_inputs(guided=True),
+                *choice_inputs(),
+            ],
+            outputs=[
+                io.String.Output("text", is_output_list=True, tooltip="The texts, as a list in their order."),
+                VQSocket.Output(
+                    "vq",
+                    is_output_list=True,
+                    tooltip="The pictures as codes, as a list in their order, because their sizes may differ: ZImage Decode runs once for "
+                    "each.",
+                ),
+                io.String.Output(
+                    "markdown",
+                    tooltip="The story as one text. ![picture 1](picture_1.png) says where the first picture stands; save the pictures "
+                    "under these names beside it.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, prompt: str | None = None) -> bool | str:
+        return host.refusal((prompts.require_text, prompt, "prompt"))
+
+    @classmethod
+    @host.explains
+    def execute(
+        cls,
+        backbone,
+        prompt,
+        pictures,
+        steps,
+        text_guidance,
+        image_guidance,
+        seed,
+        temperature,
+        text_temperature,
+        text_steps,
+        text_length,
+        picture_codes,
+        block_length,
+        threshold,
+        rescale,
+        top_k=0,
+        top_p=1.0,
+    ) -> io.NodeOutput:
+        from ..llada2_mlx import story
+        from ..llada2_mlx.backbone.acceptance import Sampling
+
+        prompts.require_text(prompt, "prompt")
+        host.warn(backbone.tokens.doubt(prompt))
+        show = host.progress_text()
+        told = story.tell(
+            backbone,
+            prompt,
+            pictures,
+            picture_codes,
+            text_length,
+            text_guidance,
+            image_guidance,
+            rescale,
+            Sampling(block_length, steps, threshold, temperature, top_k, top_p, seed),
+            text_steps,
+            text_temperature,
+            on_step=host.progress(),
+            on_text=show,
+            on_picture=_announce,
+        )
+        show(told.markdown, final=True)
+        host.warn(*told.warnings)
+        grids = [(grid,) for grid in host.named(backbone.source, told.grids)]
+        return io.NodeOutput(host.listed(told.texts), host.listed(grids), told.markdown)
+
+
+def _temperature_input(name: str, of: str) -> io.Float.Input:
+    return io.Float.Input(
+        name,
+        default=0.0,
+        min=0.0,
+        max=10.0,
+        step=0.05,
+        tooltip=f"Of the {of}. 0 always takes the most probable token; above 0 tokens are drawn at random, and higher is wilder.",
+    )
+
+
+def _announce(number: int, grid) -> None:
+    width, height = DECODED_PIXELS * grid.width, DECODED_PIXELS * grid.height
+    host.tell(f"Picture {number} is finished: {width} x {height} pixels.")
