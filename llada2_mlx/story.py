@@ -22,7 +22,7 @@ from .vq import VQGrid, picture_seed
 
 MOST_PICTURES = 64
 # A text or a picture of a story.
-Part = str | VQGrid
+StoryPart = str | VQGrid
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Story:
         warnings: sentences on why the story ended before the model ended it.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[StoryPart, ...]
     report: Report
     warnings: tuple[str, ...] = ()
 
@@ -85,7 +85,7 @@ def tell(
         rescale: see ``guidance.Guidance``.
         sampling: how codes are chosen. Picture i, and the text before it, use seed + i, counted from 0. The texts have
             the same sampling with ``text_steps`` and ``text_temperature``.
-        on_text: called with the story so far, as Markdown; a stretch not yet denoised reads "…".
+        on_text: called with the story so far, as Markdown; what is still to be denoised, of a text or a picture, reads "…".
         on_picture: called with each picture as soon as it is finished: its number, from 1, and its codes. Like
             ``on_step`` it is called in this thread, and what it raises ends the work.
 
@@ -120,8 +120,8 @@ def tell(
             announced = teller.pictures
             if on_picture:
                 on_picture(announced, teller.parts[-1])
-        if on_text:
-            on_text(to_markdown([*teller.parts, teller.readable(progress.generated)]))
+        if on_text and (shown := to_markdown([*teller.parts, teller.readable(progress.generated)])):
+            on_text(shown)
 
     backbone.run(teller.job, on_step=step)
     if not teller.parts:
@@ -155,7 +155,7 @@ class _Teller:
         self.backbone = backbone
         self.most_pictures, self.most_codes, self.text_left = limits
         self.guidance, self.sampling = guidance, sampling
-        self.parts: list[Part] = []
+        self.parts: list[StoryPart] = []
         self.warnings: list[str] = []
         self.report = Report()
         self.pictures = 0
@@ -269,7 +269,7 @@ class _Teller:
         return replace(sampling, seed=picture_seed(sampling.seed, self.pictures))
 
 
-def to_markdown(parts: Iterable[Part]) -> str:
+def to_markdown(parts: Iterable[StoryPart]) -> str:
     """A story as Markdown: its texts, and ``![picture N](picture_N.png)`` where picture N stands, counted from 1."""
     pieces, pictures = [], 0
     for part in parts:
@@ -281,7 +281,7 @@ def to_markdown(parts: Iterable[Part]) -> str:
     return "\n\n".join(pieces)
 
 
-def to_html(parts: Iterable[Part], title: str) -> str:
+def to_html(parts: Iterable[StoryPart], title: str) -> str:
     """A story as a page that shows its pictures by the names that ``picture_name`` gives them."""
     body, pictures = [], 0
     for part in parts:

@@ -155,8 +155,8 @@ class LLaDA2Story(io.ComfyNode):
             on_text=show,
             on_picture=_announce,
         )
-        show(told.markdown, final=True)
         host.warn(*told.warnings)
+        show(told.markdown, final=True)
         grids = [(grid,) for grid in host.named(backbone.source, told.grids)]
         return io.NodeOutput(host.listed(told.texts), host.listed(grids), told.markdown)
 

@@ -103,7 +103,8 @@ def test_each_picture_is_handed_on_before_the_story_goes_on(told, script: list[i
     # it grows, and what is finished stays
     assert texts[-1] == story.markdown and any("…" in text for text in texts)
     assert [text.count("![") for text in texts] == sorted(text.count("![") for text in texts)
-    assert f"{ONE}\n\n![picture 1](picture_1.png)" in texts
+    assert f"{ONE}\n\n…" in texts and f"{ONE}\n\n![picture 1](picture_1.png)" in texts
+    assert all(texts)
 
 
 def test_what_a_callback_raises_ends_the_work(told, script: list[int]) -> None:

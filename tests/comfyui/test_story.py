@@ -95,7 +95,7 @@ def test_a_story_shows_as_it_grows(comfy: Comfy, storyteller: str) -> None:
 def test_a_limit_ends_the_story_and_is_told(comfy: Comfy, storyteller: str, limit: dict, sentence: str) -> None:
     run = ran(comfy.run(story(storyteller, **ONE_BY_ONE, **limit)))
     assert len(comfy.images(run)) == 1 and shown(run, "6") == list(TEXTS[: 1 + ("pictures" in limit)])
-    assert sentence in told(run, "2")
+    assert sentence in told(run, "2") and TEXTS[0] in told(run, "2")
 
 
 def test_a_story_without_a_picture_runs_nothing_behind_it(comfy: Comfy, storyteller: str) -> None:
