@@ -149,10 +149,15 @@ def _ask(tokens: Tokens, system: str, text: str) -> list[int]:
     return [*tokens.encode(system), *written(tokens, text), *tokens.encode(_ASSISTANT)]
 
 
-def _picture(tokens: Tokens, grid: VQGrid) -> list[int]:
+def require_codebook(tokens: Tokens, grid: VQGrid) -> None:
+    """Raise ``RequestError`` if a grid's codes are of a codebook of another size than the model's."""
     if grid.codebook_size != tokens.codebook_size:
         raise RequestError(
             f"The grid's codes are of a codebook of {grid.codebook_size}, the model {tokens.folder.name} has {tokens.codebook_size}. "
             "Encode the picture with the image tokenizer of the same model."
         )
+
+
+def _picture(tokens: Tokens, grid: VQGrid) -> list[int]:
+    require_codebook(tokens, grid)
     return [*tokens.header(grid.height, grid.width), *tokens.codes_to_ids(grid.to_list()), tokens.image_end]

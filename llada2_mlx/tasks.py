@@ -25,6 +25,9 @@ from .progress import OnStep, Progress, ignore
 from .tokens import Tokens
 from .vq import VQGrid, picture_seed
 
+# Called after every step of drawing with the codes so far, integers [height, width], and with which of them are still to be
+# drawn, bool [height, width]; of the first picture where several are drawn together.
+OnCodes = Callable[[np.ndarray, np.ndarray], None]
 # How the progress calls the writing of the plan before a picture.
 THINKING = "thinking"
 _NO_SPRINT = "SPRINT is not used in editing, as published: the picture was drawn exactly."
@@ -42,6 +45,7 @@ class Drawing:
         grids: a grid of codes for each picture.
         report: of all of them together.
         confidence: for each picture, the probability with which each code was accepted, float32 [height, width].
+        masked: which codes were drawn, bool [height, width], where others were kept; else None.
         reasoning: what the model wrote before it drew, where it was to think.
         warnings: sentences on what was not done as it was asked for.
     """
@@ -49,6 +53,7 @@ class Drawing:
     grids: tuple[VQGrid, ...]
     report: Report
     confidence: tuple[np.ndarray, ...]
+    masked: np.ndarray | None = None
     reasoning: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -97,6 +102,7 @@ def text_to_vq(
     on_text: Callable[[str], None] | None = None,
     sprint: Sprint | None = None,
     pictures: int = 1,
+    on_codes: OnCodes | None = None,
 ) -> Drawing:
     """Draw a picture as codes, or several.
 
@@ -112,6 +118,7 @@ def text_to_vq(
         sprint: None is exact; see ``sprint.Sprint``.
         pictures: how many to draw. They run together, with seeds ``seed``, ``seed + 1`` and so on, and each is what it would
             be alone; so they differ above temperature 0 alone.
+        on_codes: called with the codes so far.
 
     Returns:
         Grids of ``height / 32 x width / 32`` codes, or of the size that the model chose.
@@ -127,10 +134,19 @@ def text_to_vq(
     options = {"sampling": sampling, "method": method, "sprint": sprint}
     if thinking is None:
         request = prompts.text_to_image(backbone.tokens, prompt, rows, columns)
-        return _draw(backbone, request, (rows, columns), on_step, guidance=guided, seeds=seeds, **options)
+        return _draw(backbone, request, (rows, columns), on_step, on_codes, guidance=guided, seeds=seeds, **options)
     request = prompts.thinking(backbone.tokens, prompt, rows, columns)
     think = lambda seeds: _think_and_draw(
-        backbone, request, (rows, columns), thinking, on_step, on_text, guidance=guided, seeds=seeds, **options
+        backbone,
+        request,
+        (rows, columns),
+        thinking,
+        on_step,
+        on_text,
+        on_codes,
+        guidance=guided,
+        seeds=seeds,
+        **options,
     )
     if not thinking.temperature:
         return think(seeds)
@@ -140,8 +156,8 @@ def text_to_vq(
         tuple(drawing.grid for drawing in drawn),
         sum((drawing.report for drawing in drawn[1:]), drawn[0].report),
         tuple(confidence for drawing in drawn for confidence in drawing.confidence),
-        "\n\n".join(drawing.reasoning for drawing in drawn),
-        tuple(dict.fromkeys(warning for drawing in drawn for warning in drawing.warnings)),
+        reasoning="\n\n".join(drawing.reasoning for drawing in drawn),
+        warnings=tuple(dict.fromkeys(warning for drawing in drawn for warning in drawing.warnings)),
     )
 
 
@@ -156,6 +172,7 @@ def edit(
     method: Method = Method.CACHED,
     on_step: OnStep = ignore,
     sprint: Sprint | None = None,
+    on_codes: OnCodes | None = None,
 ) -> Drawing:
     """Draw a picture anew, changed as the instruction says. The result has the size of ``grid``.
 
@@ -164,6 +181,7 @@ def edit(
         text_guidance, image_guidance: how strongly to follow the instruction, and to keep to the picture.
         sampling, method: how tokens are chosen, and how the network is run.
         sprint: is not used, as published, and the drawing has a warning that says so.
+        on_codes: called with the codes so far.
 
     Raises:
         RequestError: the grid is of another model or has no size token, or the request is too long.
@@ -172,7 +190,7 @@ def edit(
     require_same(grid, backbone.checkpoint)
     guidance = Guidance.editing(text_guidance, image_guidance, rescale)
     options = {"sampling": sampling, "guidance": guidance, "method": method}
-    drawing = _draw(backbone, request, (grid.height, grid.width), on_step, **options)
+    drawing = _draw(backbone, request, (grid.height, grid.width), on_step, on_codes, **options)
     return drawing if sprint is None else replace(drawing, warnings=(_NO_SPRINT,))
 
 
@@ -195,6 +213,7 @@ def redraw(
     sampling: Sampling = Sampling(steps=8),
     method: Method = Method.CACHED,
     on_step: OnStep = ignore,
+    on_codes: OnCodes | None = None,
 ) -> Drawing:
     """Draw a part of a picture anew. Every code that is not masked is kept.
 
@@ -205,7 +224,7 @@ def redraw(
         seeing: what the model sees. With the whole picture it reads as many codes again.
         guidance: scale of the guidance towards the text; None is 4.0 with the whole picture and else 2.0.
         image_guidance: how strongly to keep to the picture where it is seen.
-        rescale, sampling, method: as in drawing.
+        rescale, sampling, method, on_codes: as in drawing.
 
     Raises:
         RequestError: the mask has another size or masks nothing, the grid is of another model, or the request is too long.
@@ -214,10 +233,8 @@ def redraw(
         raise RequestError(f"A mask of {list(np.shape(masked))} codes does not fit {grid}.")
     if not np.any(masked):
         raise RequestError("The mask covers no code. Paint over what is to be redrawn.")
-    require_same(grid, backbone.checkpoint)
-    return _redraw(
-        backbone, grid, grid, masked, text, seeing, guidance, image_guidance, rescale, sampling, method, on_step
-    )
+    how = {"sampling": sampling, "method": method, "on_step": on_step, "on_codes": on_codes}
+    return _redraw(backbone, grid, grid, masked, text, seeing, guidance, image_guidance, rescale, **how)
 
 
 def grow(
@@ -235,6 +252,7 @@ def grow(
     sampling: Sampling = Sampling(steps=8),
     method: Method = Method.CACHED,
     on_step: OnStep = ignore,
+    on_codes: OnCodes | None = None,
 ) -> Drawing:
     """Draw what is around a picture. Every code of it is kept.
 
@@ -249,14 +267,12 @@ def grow(
     """
     if min(left, top, right, bottom) < 0 or not left + top + right + bottom:
         raise RequestError("Nothing is to be added. Say how many codes the picture grows by on at least one side.")
-    require_same(grid, backbone.checkpoint)
     backbone.tokens.check_size(grid.height + top + bottom, grid.width + left + right)
     around = ((top, bottom), (left, right))
     larger = replace(grid, codes=np.pad(grid.codes, around))
     masked = np.pad(np.zeros(grid.codes.shape, bool), around, constant_values=True)
-    return _redraw(
-        backbone, grid, larger, masked, text, seeing, guidance, image_guidance, rescale, sampling, method, on_step
-    )
+    how = {"sampling": sampling, "method": method, "on_step": on_step, "on_codes": on_codes}
+    return _redraw(backbone, grid, larger, masked, text, seeing, guidance, image_guidance, rescale, **how)
 
 
 def understand(
@@ -352,12 +368,37 @@ def _growing(
 
 
 def _draw(
-    backbone: Backbone, request: prompts.Prompt, size: tuple[int, int], on_step: OnStep, **options: Any
+    backbone: Backbone,
+    request: prompts.Prompt,
+    size: tuple[int, int],
+    on_step: OnStep,
+    on_codes: OnCodes | None,
+    **options: Any,
 ) -> Drawing:
     """Draw a grid of ``size`` codes, or several; ``options`` are those of ``generate``."""
     draft, vocabulary = _canvas(backbone, request.branches, size)
     check_length(len(request.conditional), len(draft.body), backbone.config.max_position_embeddings)
-    return _drawing(backbone, size, backbone.run(generate, draft, vocabulary, on_step=on_step, **options))
+    step = _appearing(on_step, on_codes, vocabulary, lambda: (size, draft.body))
+    return _drawing(backbone, size, backbone.run(generate, draft, vocabulary, on_step=step, **options))
+
+
+def _appearing(
+    on_step: OnStep,
+    on_codes: OnCodes | None,
+    vocabulary: Vocabulary,
+    canvas: Callable[[], tuple[tuple[int, int], Sequence[int]]],
+) -> OnStep:
+    """``on_step``, and ``on_codes`` with what has been drawn on ``canvas()``, a size and the ids to begin with."""
+
+    def step(progress: Progress) -> None:
+        on_step(progress)
+        if on_codes and progress.phase == DENOISING:
+            size, body = canvas()
+            ids = np.array([*progress.generated, *body[len(progress.generated) :]][: len(body)]).reshape(size)
+            masked = ids == vocabulary.mask
+            on_codes(np.where(masked, 0, ids - vocabulary.first), masked)
+
+    return step
 
 
 def _canvas(backbone: Backbone, branches: Sequence[Sequence[int]], size: tuple[int, int]) -> tuple[Draft, Vocabulary]:
@@ -375,12 +416,14 @@ def _redraw(
     guidance: float | None,
     image_guidance: float,
     rescale: float,
-    sampling: Sampling,
-    method: Method,
     on_step: OnStep,
+    on_codes: OnCodes | None,
+    **options: Any,
 ) -> Drawing:
     """Draw what is masked of ``grid``; ``source`` is what is seen of the picture before."""
     size, tokens = (grid.height, grid.width), backbone.tokens
+    prompts.require_codebook(tokens, source)
+    require_same(source, backbone.checkpoint)
     if seeing is Seeing.PICTURE:
         request = prompts.edit(tokens, source, text, size)
         guided = Guidance.editing(4.0 if guidance is None else guidance, image_guidance, rescale)
@@ -390,8 +433,10 @@ def _redraw(
     blank, vocabulary = _canvas(backbone, request.branches, size)
     body = np.where(masked, vocabulary.mask, grid.codes + vocabulary.first).flatten().tolist()
     check_length(len(request.conditional), len(body), backbone.config.max_position_embeddings)
-    options = {"sampling": sampling, "guidance": guided, "method": method, "on_step": on_step}
-    return _drawing(backbone, size, backbone.run(generate, replace(blank, body=tuple(body)), vocabulary, **options))
+    step = _appearing(on_step, on_codes, vocabulary, lambda: (size, body))
+    draft = replace(blank, body=tuple(body))
+    done = backbone.run(generate, draft, vocabulary, guidance=guided, on_step=step, **options)
+    return replace(_drawing(backbone, size, done), masked=np.asarray(masked))
 
 
 def _drawing(backbone: Backbone, size: tuple[int, int], done: Generation) -> Drawing:
@@ -410,6 +455,7 @@ def _think_and_draw(
     thinking: Thinking,
     on_step: OnStep,
     on_text: Callable[[str], None] | None,
+    on_codes: OnCodes | None,
     **options: Any,
 ) -> Drawing:
     """Write a plan, then draw what it says in the same session; ``options`` are those of ``generate`` for the picture."""
@@ -421,6 +467,8 @@ def _think_and_draw(
     plan = replace(sampling, steps=thinking.steps, temperature=thinking.temperature, seed=seeds[0])
     writing = {"sampling": plan, "method": options["method"], "sprint": sprint, "phase": THINKING, "keep": True}
 
+    begun: list[tuple[tuple[int, int], Sequence[int]]] = []
+
     def job(network: LLaDA2) -> Steps[tuple[list[int], tuple[int, int] | None, Generation]]:
         thought = yield from generate(network, draft, ends, **writing)
         ids, session, report = thought.ids, thought.session, thought.report
@@ -429,6 +477,7 @@ def _think_and_draw(
         chosen = tokens.read_header(ids)
         _, (_, *others) = options["guidance"].select(request.branches)
         canvas, vocabulary = _canvas(backbone, [[]] * (1 + len(others)), chosen or size)
+        begun.append((chosen or size, canvas.body))
         check_length(len(session), len(canvas.body), most)
         if session.layers is None:  # a method that keeps nothing begins anew
             session, canvas = None, replace(canvas, branches=([*request.conditional, *ids], *request.branches[1:]))
@@ -438,7 +487,9 @@ def _think_and_draw(
         drawn = yield from generate(network, canvas, vocabulary, session=session, **options)
         return ids, chosen, replace(drawn, report=report + drawn.report)
 
-    ids, chosen, done = backbone.run(job, on_step=_growing(backbone, on_step, on_text, thinking.length, THINKING))
+    _, codes = _canvas(backbone, [], size)
+    step = _appearing(on_step, on_codes, codes, lambda: begun[-1])
+    ids, chosen, done = backbone.run(job, on_step=_growing(backbone, step, on_text, thinking.length, THINKING))
     reasoning = tokens.decode(ids[:-4] if chosen else ids).strip()
     doubt = () if chosen == size else (_other_size(size, chosen),)
     return replace(_drawing(backbone, chosen or size, done), reasoning=reasoning, warnings=doubt)

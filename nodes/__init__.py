@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .backbone import LoadLLaDA2Backbone
 from .generate import LLaDA2Edit, LLaDA2TextToVQ
 from .grids import GRID_NODES
+from .redraw import LLaDA2Grow, LLaDA2Redraw
 from .sprint import LLaDA2Sprint
 from .story import LLaDA2Story
 from .understand import LLaDA2Understand
@@ -19,6 +20,8 @@ class LLaDA2Extension(ComfyExtension):
             LLaDA2TextToVQ,
             LLaDA2Understand,
             LLaDA2Edit,
+            LLaDA2Redraw,
+            LLaDA2Grow,
             LLaDA2Story,
             LLaDA2Sprint,
             ZImageDecode,

@@ -137,7 +137,7 @@ class LLaDA2TextToVQ(io.ComfyNode):
         rows, columns = tasks.grid_size(backbone, width, height)
         size = DECODED_PIXELS * columns, DECODED_PIXELS * rows
         host.warn(backbone.checkpoint.image_sizes.doubt("drawing", *size), backbone.tokens.doubt(prompt))
-        show = host.progress_text()
+        show, on_step = host.progress_text(), host.progress()
         drawing = tasks.text_to_vq(
             backbone,
             prompt,
@@ -146,7 +146,8 @@ class LLaDA2TextToVQ(io.ComfyNode):
             guidance,
             rescale,
             Sampling(block_length, steps, threshold, temperature, top_k, top_p, seed),
-            on_step=host.progress(),
+            on_step=on_step,
+            on_codes=host.appearing(backbone.source, on_step),
             thinking=thinking,
             on_text=show,
             sprint=sprint,
@@ -283,6 +284,7 @@ class LLaDA2Edit(io.ComfyNode):
                 rescale,
                 Sampling(block_length, steps, threshold, temperature, top_k, top_p, own_seed),
                 on_step=on_step,
+                on_codes=host.appearing(backbone.source, on_step),
                 sprint=sprint,
             )
             edited.append(drawing.grid)

@@ -16,6 +16,7 @@ from .folders import (
 from .graph import check_codes, check_one_codebook, given, listed
 from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
+from .preview import appearing
 from .progress import explains, pictures, progress, progress_text, tell, warn
 from .validation import refusal
 
@@ -25,6 +26,7 @@ __all__ = [
     "CODES",
     "ManagedBackbone",
     "ManagedPart",
+    "appearing",
     "backbone",
     "check_codes",
     "check_grid",

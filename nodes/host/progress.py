@@ -18,33 +18,39 @@ from ...llada2_mlx.vq import VQGrid, picture_seed
 from .dependencies import explains_imports
 
 if TYPE_CHECKING:
-    from ...llada2_mlx.progress import OnStep, Progress
+    from PIL import Image
+
+    from ...llada2_mlx.progress import Progress
 
 _TEXT_INTERVAL = 0.1  # seconds between two texts sent to the canvas
 
 
-def progress(item: int = 0, items: int = 1) -> OnStep:
+class progress:  # called as the function that it makes is
     """An ``OnStep`` that moves the running node's bar and ends the work when the user cancels.
 
     Args:
         item, items: which of how many equal pieces of work this is.
     """
-    bar, phase, show = ProgressBar(1), "", progress_text(passing=True)
 
-    def step(at: Progress) -> None:
-        nonlocal bar, phase
+    def __init__(self, item: int = 0, items: int = 1) -> None:
+        self._item, self._items = item, items
+        self._bar, self._phase, self._show = ProgressBar(1), "", progress_text(passing=True)
+
+    def __call__(self, at: Progress) -> None:
         model_management.throw_exception_if_processing_interrupted()
-        if at.phase != phase:  # a bar does not go back
-            bar, phase = ProgressBar(1), at.phase
+        if at.phase != self._phase:  # a bar does not go back
+            self._bar, self._phase = ProgressBar(1), at.phase
             _shown.end_passing()
-        bar.update_absolute(item * at.total + at.done, items * at.total)
+        self._bar.update_absolute(self._item * at.total + at.done, self._items * at.total)
         if at.in_bytes:  # it takes so long that a person wants to know how much is left
-            show(f"{at.phase}: {amount(at.done)} of {amount(at.total)}", final=at.done == at.total)
+            self._show(f"{at.phase}: {amount(at.done)} of {amount(at.total)}", final=at.done == at.total)
 
-    return step
+    def preview(self, picture: Image.Image) -> None:
+        """Show a picture on the node where it stands."""
+        self._bar.update_absolute(self._bar.current, preview=("PNG", picture, None))
 
 
-def pictures(grids: tuple[VQGrid, ...], seed: int) -> Iterator[tuple[VQGrid, int, OnStep]]:
+def pictures(grids: tuple[VQGrid, ...], seed: int) -> Iterator[tuple[VQGrid, int, progress]]:
     """Each grid of a batch, with the seed and the ``OnStep`` of its own."""
     for index, grid in enumerate(grids):
         yield grid, picture_seed(seed, index), progress(index, len(grids))

@@ -50,6 +50,25 @@ def sprint(backbone: Backbone, repeats: int) -> Section:
     return compare(f"SPRINT, {sampling.steps} steps, 2,500 codes, an answer of 64 tokens", cases, repeats)
 
 
+def batches(backbone: Backbone, repeats: int) -> Section:
+    """Pictures together."""
+    counts = (1, 2, 4, 8)
+    cases = [
+        Case.of(
+            f"{count} together",
+            backbone,
+            picture(backbone, 512),
+            lambda request, count=count: ours(request, pictures=count),
+        )
+        for count in counts
+    ]
+    section = compare("Pictures together, 512 x 512", cases, repeats)
+    section.notes = [
+        f"{row.name}: {60 * count / row.seconds:.1f} pictures a minute" for count, row in zip(counts, section.rows)
+    ]
+    return section
+
+
 def precisions(backbone: Backbone, repeats: int) -> Section:
     """bf16 against the others."""
     cases, bytes_of = [], {}
@@ -86,6 +105,7 @@ SECTIONS: dict[str, Callable[[Backbone, int], Section]] = {
     "1024": drawing_1024,
     "understand": understanding,
     "sprint": sprint,
+    "batches": batches,
     "precisions": precisions,
     "mlx-vlm-codes": mlx_vlm_codes,
     "mlx-vlm-text": mlx_vlm_text,

@@ -44,12 +44,17 @@ def main() -> None:
     print(f"| GB read | | {' | '.join(f'{size / 1e9:,.0f}' for size in read)} |")
     for chip, speed in CHIPS.items():
         print(f"| {chip} | {speed} | {' | '.join(f'{size / 1e9 / speed / SHARE:.0f} s' for size in read)} |")
+    print(f"\n| pictures together, 512 x 512 | {' | '.join(f'{name}, GB a picture' for name in precisions)} |")
+    print("|---" * (1 + len(precisions)) + "|")
+    for pictures in (1, 2, 4, 8):
+        each = [drawing_bytes(name, 16, pictures) / pictures / 1e9 for name in precisions]
+        print(f"| {pictures} | {' | '.join(f'{size:,.0f}' for size in each)} |")
 
 
-def drawing_bytes(name: str, side: int) -> float:
-    """A picture of side x side codes: both branches, all blocks, ``STEPS`` steps each."""
-    blocks = blocks_of(PROMPT, side * side)
-    return blocks * (step_bytes(name, 4 * BLOCK) + (STEPS - 1) * step_bytes(name, 2 * BLOCK))
+def drawing_bytes(name: str, side: int, pictures: int = 1) -> float:
+    """Pictures of side x side codes together: both branches, all blocks, ``STEPS`` steps each."""
+    blocks, tokens = blocks_of(PROMPT, side * side), 2 * BLOCK * pictures
+    return blocks * (step_bytes(name, 2 * tokens) + (STEPS - 1) * step_bytes(name, tokens))
 
 
 def answer_bytes(name: str) -> float:

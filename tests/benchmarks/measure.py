@@ -90,13 +90,19 @@ def question(backbone: Backbone, codes: int = 2500, length: int = 64) -> Request
 
 
 def ours(
-    request: Request, method: Method = Method.CACHED, sprint: Sprint | None = None, sampling: Sampling = SAMPLING
+    request: Request,
+    method: Method = Method.CACHED,
+    sprint: Sprint | None = None,
+    sampling: Sampling = SAMPLING,
+    pictures: int = 1,
 ) -> Job:
-    """The job that runs ``request`` the way that ``method`` and ``sprint`` say."""
+    """The job that runs ``request`` the way that ``method`` and ``sprint`` say, for several pictures together."""
 
     def job(network: LLaDA2) -> Generator[Progress, None, Generation]:
         draft = Draft.blank(request.branches, request.length, request.vocabulary.mask)
-        return generate(network, draft, request.vocabulary, sampling, request.guidance, method, sprint=sprint)
+        return generate(
+            network, draft, request.vocabulary, sampling, request.guidance, method, sprint=sprint, seeds=range(pictures)
+        )
 
     return job
 
@@ -132,7 +138,7 @@ def run(cases: list[Case], repeats: int) -> Iterator[Row]:
                 cpu.append(time.process_time() - began)
     for case, results, cpu in zip(cases, done, busy):
         report, runs = results[0].report, [result.report.seconds for result in results]
-        first, here = done[0][0].ids, results[0].ids
+        first, here = done[0][0].pictures[0], results[0].pictures[0]
         equal = f"{sum(a == b for a, b in zip(first, here))}/{len(first)}"
         counts = [count or None for count in (report.positions, report.pairs, report.head_rows, report.syncs)]
         yield Row(case.name, report.steps, *counts, statistics.median(runs), statistics.median(cpu), runs, equal)

@@ -14,15 +14,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import websocket
+from PIL import Image
 
 PACK = "ComfyUI-LLaDA2-MLX"
 ROOT = Path(__file__).parent.parent.parent
 WORKFLOWS = ROOT / "workflows"
-TEXT_EVENT = 3  # binary websocket message: progress text
+TEXT_EVENT, PREVIEW_EVENT = 3, 4  # binary websocket messages: progress text, a picture with where it belongs
 START_TIMEOUT, RUN_TIMEOUT = 180, 300
 
 
@@ -36,6 +38,7 @@ class Run:
     cached: list[str] = field(default_factory=list)
     progress: list[dict] = field(default_factory=list)
     texts: list[tuple[str, str]] = field(default_factory=list)  # node id, text
+    previews: list[tuple[str, Image.Image]] = field(default_factory=list)  # node id, picture
     error: dict | None = None
     interrupted: bool = False
 
@@ -72,6 +75,8 @@ class Comfy:
             f"ws://{self.address}/ws?clientId={self.client_id}", timeout=RUN_TIMEOUT
         )
         try:
+            features = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
+            connection.send(json.dumps(features))
             answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
             assert "prompt_id" in answer, json.dumps(answer, indent=1)
             run = Run(answer["prompt_id"])
@@ -83,6 +88,9 @@ class Comfy:
                     if kind == TEXT_EVENT:
                         run.texts.append((message[8 : 8 + length].decode(), message[8 + length :].decode()))
                         on_event("text", {})
+                    elif kind == PREVIEW_EVENT:
+                        about, picture = json.loads(message[8 : 8 + length]), message[8 + length :]
+                        run.previews.append((about["node_id"], Image.open(BytesIO(picture)).convert("RGB")))
                     continue
                 event = json.loads(message)
                 kind, data = event["type"], event["data"]

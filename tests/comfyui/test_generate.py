@@ -117,3 +117,23 @@ def test_an_edit_says_that_it_ran_without_sprint(comfy: Comfy) -> None:
     assert [path.name[:5] for path in comfy.images(plain)] == [path.name[:5] for path in comfy.images(sprinting)]
     last = lambda run: Image.open(comfy.images(run)[-1]).tobytes()
     assert last(plain) == last(sprinting)
+
+
+def test_several_pictures_are_drawn_together(comfy: Comfy) -> None:
+    pictures = pixels(comfy, workflow("draw_several"))
+    assert len(pictures) == 4 and len(set(pictures)) == 4
+
+
+def test_codes_appear_while_they_are_drawn(comfy: Comfy, unique: str) -> None:
+    slow = {"prompt": unique, "steps": 32, "threshold": 1.0}
+    run = ran(comfy.run(workflow("text_to_image", **{"2": slow})))
+    shown = [picture for node, picture in run.previews if node == "2"]
+    assert 2 <= len(shown) and {picture.size for picture in shown} == {(256, 256)}
+    grey = [_masked(picture) for picture in shown]
+    assert grey == sorted(grey, reverse=True) and grey[0] > grey[-1] == 0  # cells that are still to be drawn
+
+
+def _masked(picture: Image.Image) -> int:
+    """Cells with the two greys that a cell which is to be drawn is hatched in."""
+    cells = [picture.crop((x, y, x + 32, y + 32)) for x in range(0, 256, 32) for y in range(0, 256, 32)]
+    return sum({colour for _, colour in cell.getcolors()} == {(72, 72, 72), (152, 152, 152)} for cell in cells)

@@ -22,6 +22,8 @@ NODES = [
     "LLaDA2TextToVQ",
     "LLaDA2Understand",
     "LLaDA2Edit",
+    "LLaDA2Redraw",
+    "LLaDA2Grow",
     "LLaDA2Sprint",
     "ZImageDecode",
 ]
@@ -30,7 +32,9 @@ STAR = (Kind.STAR, Colour.BLUE, Place.BOTTOM_RIGHT)
 DRAWN, EDITED = ({(Kind.CIRCLE, colour, Place.TOP_LEFT), STAR} for colour in (Colour.RED, Colour.YELLOW))
 ANSWER = "A red circle in the top left and a blue star in the bottom right, on a plain white background."
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
-OTHERS = {"codes_as_things"}  # run by tests of their own, because they show something else
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+# run by tests of their own, because they show something else
+OTHERS = {"codes_as_things", "draw_several", "grow_a_picture", "redraw_a_part", "redraw_the_least_certain"}
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -39,10 +43,9 @@ def test_a_node_is_there_and_explains_itself(comfy: Comfy, name: str) -> None:
     assert info["category"] == "LLaDA2" and info["description"] and info["search_aliases"] and info["display_name"]
     assert all(info["output_tooltips"])
     inputs = {**info["input"]["required"], **info["input"].get("optional", {})}
-    for options in [
-        option["inputs"]["required"] for option in inputs.get("decoder", [0, {"options": []}])[1]["options"]
-    ]:
-        inputs |= options
+    for kind, *options in list(inputs.values()):
+        for choice in options[0]["options"] if kind == DYNAMIC else ():
+            inputs |= choice["inputs"].get("required", {})
     assert all(options.get("tooltip") for _, options in inputs.values()), name
 
 
@@ -211,9 +214,14 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
         if node["type"] in ("MarkdownNote", "LoadImage"):  # a picture of the user's waits beside the graph
             continue
         kinds = comfy.get(f"/object_info/{node['type']}")[node["type"]]["input"]
-        required = kinds["required"]
+        optional = kinds.get("optional", {})
         linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link")}
-        values, inputs, pending = list(node["widgets_values"] or []), {}, list(required.items())
+        values, inputs, pending = list(node["widgets_values"] or []), {}, list(kinds["required"].items())
+        # what is no socket
+        is_widget = lambda kind: (
+            isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
+        )
+        pending += [(key, spec) for key, spec in optional.items() if is_widget(spec[0])]
         while pending:
             key, (kind, *options) = pending.pop(0)
             options = options[0] if options else {}
@@ -221,14 +229,14 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
                 inputs[key] = linked.pop(key)
                 continue
             inputs[key] = value = values.pop(0)
-            if kind == "COMFY_DYNAMICCOMBO_V3":
+            if kind == DYNAMIC:
                 (chosen,) = [option for option in options["options"] if option["key"] == value]
                 pending = [(f"{key}.{own}", spec) for own, spec in chosen["inputs"]["required"].items()] + pending
             elif isinstance(kind, list) or kind == "COMBO":
                 assert value in (kind if isinstance(kind, list) else options["options"])
             if options.get("control_after_generate"):
                 varied.append(values.pop(0))
-        for key in set(linked) & set(kinds.get("optional", {})):
+        for key in set(linked) & set(optional):
             inputs[key] = linked.pop(key)
         assert not linked
         if node["type"] != "PreviewAny":  # keeps what it showed

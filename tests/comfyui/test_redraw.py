@@ -1,0 +1,106 @@
+"""LLaDA2 Redraw and LLaDA2 Grow in a real ComfyUI, on the built-in model, and read by the detector."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from client import Comfy, Run, failed, ran, told, workflow
+from PIL import Image
+
+from llada2_mlx.shapes.detector import read
+from llada2_mlx.shapes.world import Colour, Kind, Place
+
+CIRCLE = (Kind.CIRCLE, Colour.RED, Place.TOP_LEFT)
+STAR = (Kind.STAR, Colour.BLUE, Place.BOTTOM_RIGHT)
+TRIANGLE = (Kind.TRIANGLE, Colour.GREEN, Place.TOP_RIGHT)
+
+
+def picture(comfy: Comfy, run: Run, name: str) -> Image.Image:
+    (path,) = [path for path in comfy.images(run) if path.name.startswith(name)]
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def layout(image: Image.Image) -> set:
+    found = read(image)
+    return found.layout() if found else set()
+
+
+def test_a_part_is_drawn_anew_and_every_other_pixel_is_kept(comfy: Comfy) -> None:
+    run = ran(comfy.run(workflow("redraw_a_part")))
+    before, after = picture(comfy, run, "redraw_before"), picture(comfy, run, "redraw_after")
+    assert layout(before) == {CIRCLE, STAR} and layout(after) == {CIRCLE, STAR, TRIANGLE}
+    changed = (np.asarray(before) != np.asarray(after)).any(axis=-1)
+    changed[:128, 128:] = False  # the mask
+    assert not changed.any()
+
+
+def test_the_mask_grows_by_codes(comfy: Comfy) -> None:
+    prompt = workflow("redraw_a_part", **{"8": {"mask_grow": 1, "steps": 2}})
+    prompt["20"] = {"class_type": "MaskToImage", "inputs": {"mask": ["8", 1]}}
+    prompt["21"] = {"class_type": "SaveImage", "inputs": {"images": ["20", 0], "filename_prefix": "llada2/grown_mask"}}
+    mask = np.asarray(picture(comfy, ran(comfy.run(prompt)), "grown_mask"))[..., 0] > 0
+    expected = np.zeros((256, 256), bool)
+    expected[: 128 + 32, 128 - 32 :] = True
+    assert (mask == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"6": {"value": 0.0}}, "covers no code"),
+        ({"8": {"text": " "}}, "The text is empty"),
+    ],
+)
+def test_what_cannot_be_redrawn_is_a_sentence(comfy: Comfy, inputs: dict, sentence: str) -> None:
+    prompt = workflow("redraw_a_part", **inputs)
+    if "8" in inputs:
+        del prompt["11"]  # which has nothing to do with it
+        assert sentence in comfy.refused(prompt)
+    else:
+        assert sentence in failed(comfy.run(prompt), "8")
+
+
+def test_a_mask_of_everything_and_of_another_size(comfy: Comfy) -> None:
+    full = {"5": {"value": 1.0, "width": 37, "height": 53}, "7": {"x": 0}, "8": {"steps": 2}}
+    run = ran(comfy.run(workflow("redraw_a_part", **full)))
+    assert picture(comfy, run, "redraw_after").size == (256, 256)
+
+
+def test_a_set_of_masks_needs_one_for_each_picture(comfy: Comfy) -> None:
+    prompt = workflow("redraw_a_part")
+    prompt["20"] = {"class_type": "RepeatImageBatch", "inputs": {"image": ["3", 0], "amount": 2}}
+    prompt["21"] = {"class_type": "ImageToMask", "inputs": {"image": ["20", 0], "channel": "red"}}
+    prompt["8"]["inputs"]["mask"] = ["21", 0]
+    assert "does not fit 1 grids; give one for all, or one for each" in failed(comfy.run(prompt), "8")
+
+
+def test_another_model_is_refused_before_the_picture_is_made(comfy: Comfy, unique: str) -> None:
+    prompt = workflow("redraw_a_part", **{"2": {"prompt": unique}})
+    prompt["20"] = {"class_type": "LoadLLaDA2Backbone", "inputs": {"model": "golden", "precision": "auto"}}
+    prompt["8"]["inputs"]["backbone"] = ["20", 0]
+    prompt["12"]["inputs"]["images"] = ["9", 0]
+    del prompt["10"], prompt["11"]
+    run = comfy.run(prompt)
+    assert failed(run, "8") and "2" not in run.executed
+
+
+def test_the_least_certain_codes_are_drawn_again(comfy: Comfy) -> None:
+    run = ran(comfy.run(workflow("redraw_the_least_certain")))
+    assert layout(picture(comfy, run, "redraw_the_least_certain")) == {CIRCLE, STAR}
+
+
+def test_a_picture_grows(comfy: Comfy) -> None:
+    run = ran(comfy.run(workflow("grow_a_picture")))
+    image = picture(comfy, run, "grow_a_picture")
+    assert image.size == (256, 256) and layout(image) == {CIRCLE, STAR}
+
+
+def test_growing_by_nothing_or_to_a_size_without_a_token_is_a_sentence(comfy: Comfy) -> None:
+    assert "Nothing is to be added" in failed(comfy.run(workflow("grow_a_picture", **{"4": {"right": 0}})), "4")
+    assert "has no size tokens" in failed(comfy.run(workflow("grow_a_picture", **{"4": {"right": 3}})), "4")
+
+
+def test_a_size_that_the_model_was_not_made_for_is_warned_of(comfy: Comfy) -> None:
+    run = ran(comfy.run(workflow("grow_a_picture", **{"4": {"right": 6, "steps": 1}})))
+    assert "10" in told(run, "4") and "Warning" in told(run, "4")
