@@ -418,12 +418,18 @@ def _appearing(
     def step(progress: Progress) -> None:
         on_step(progress)
         if on_codes and progress.phase == DENOISING:
-            size, body = canvas()
-            ids = np.array([*progress.generated, *body[len(progress.generated) :]][: len(body)]).reshape(size)
-            masked = ids == vocabulary.mask
-            on_codes(np.where(masked, 0, ids - vocabulary.first), masked)
+            on_codes(*codes_so_far(progress.generated, *canvas(), vocabulary))
 
     return step
+
+
+def codes_so_far(
+    generated: Sequence[int], size: tuple[int, int], body: Sequence[int], vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray]:
+    """What ``OnCodes`` is called with, from the ids that are generated of a body."""
+    ids = np.array([*generated, *body[len(generated) :]][: len(body)]).reshape(size)
+    masked = ids == vocabulary.mask
+    return np.where(masked, 0, ids - vocabulary.first), masked
 
 
 def _canvas(backbone: Backbone, branches: Sequence[Sequence[int]], size: tuple[int, int]) -> tuple[Draft, Vocabulary]:

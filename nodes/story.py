@@ -138,7 +138,7 @@ class LLaDA2Story(io.ComfyNode):
 
         prompts.require_text(prompt, "prompt")
         host.warn(backbone.tokens.doubt(prompt))
-        show = host.progress_text()
+        show, on_step = host.progress_text(), host.progress()
         told = story.tell(
             backbone,
             prompt,
@@ -151,12 +151,13 @@ class LLaDA2Story(io.ComfyNode):
             Sampling(block_length, steps, threshold, temperature, top_k, top_p, seed),
             text_steps,
             text_temperature,
-            on_step=host.progress(),
+            on_step=on_step,
             on_text=show,
+            on_codes=host.appearing(backbone.source, on_step),
             on_picture=_announce,
         )
-        show(told.markdown, final=True)
         host.warn(*told.warnings)
+        show(told.markdown, final=True)
         grids = [(grid,) for grid in host.named(backbone.source, told.grids)]
         return io.NodeOutput(host.listed(told.texts), host.listed(grids), told.markdown)
 

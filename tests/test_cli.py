@@ -16,12 +16,13 @@ from demonstration import Demo
 from pictures import noise
 from PIL import Image
 from scripted import ScriptedNetwork
+from storyteller import TEXTS, codes, write_storyteller
 from synthetic import tiny
 
-from llada2_mlx import cli, prompts
+from llada2_mlx import cli, imaging, prompts
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.codebook import origin
-from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part
 from llada2_mlx.imaging.look import look, palette
 from llada2_mlx.shapes import gallery
 from llada2_mlx.vq import VQGrid
@@ -154,6 +155,17 @@ def test_a_story_is_a_page_with_its_pictures(run, monkeypatch: pytest.MonkeyPatc
         assert json.loads(told.text["parameters"])["picture"] == 2
 
 
+def test_the_language_model_is_let_go_before_a_storys_pictures_are_decoded(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story_of(monkeypatch)
+    order, unload, load = [], Backbone.unload, imaging.load_part
+    monkeypatch.setattr(Backbone, "unload", lambda self: (order.append("let go"), unload(self)))
+    monkeypatch.setattr(imaging, "load_part", lambda *what: (order.append(what[1]), load(*what))[1])
+    assert run(*STORY)[0] == 0
+    assert order == ["let go", Part.DECODER_TURBO, Part.VAE]
+
+
 def test_a_story_that_is_stopped_keeps_what_is_finished(run, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = story_of(monkeypatch, stops_at=150)
     status, _, err = run(*STORY)
@@ -161,6 +173,25 @@ def test_a_story_that_is_stopped_keeps_what_is_finished(run, monkeypatch: pytest
     assert sorted(path.name for path in Path("story").iterdir()) == ["picture_1.safetensors", "story.md"]
     assert VQGrid.load("story/picture_1.safetensors").codes.tolist() == [[3] * 8] * 8
     assert Path("story/story.md").read_text() == f"{texts[0]}\n\n![picture 1](picture_1.png)\n"
+
+
+def test_a_story_that_is_killed_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """With a real network, in a process of its own."""
+    model, folder = write_storyteller(tmp_path / "storyteller"), tmp_path / "story"
+    one_by_one = ["--block-length", "1", "--steps", "1", "--text-steps", "1", "--precision", "float32"]
+    words = ["story", "Tell it.", *one_by_one, "--model", str(model), "--decoder-steps", "200", "-o", str(folder)]
+    process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words], stderr=subprocess.DEVNULL)
+    while not (folder / "picture_1.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert "index.html" not in names and VQGrid.load(folder / "picture_1.safetensors").to_list() == codes(0)
+    if "picture_2.safetensors" in names:
+        assert VQGrid.load(folder / "picture_2.safetensors").to_list() == codes(1)
+    if "story.md" in names:
+        assert (folder / "story.md").read_text().startswith(f"{TEXTS[0]}\n\n![picture 1](picture_1.png)\n")
 
 
 def test_a_story_replaces_nothing(run) -> None:
