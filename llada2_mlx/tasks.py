@@ -305,7 +305,7 @@ def understand(
     _require_same(pictures, backbone)
     check_room(backbone, len(request.conditional), max_new_tokens, pictures)
     vocabulary = Vocabulary(tokens.mask, ends=frozenset({tokens.end}))
-    step = _growing(backbone, on_step, on_text, max_new_tokens, DENOISING)
+    step = _growing(backbone, on_step, on_text, vocabulary, max_new_tokens, DENOISING)
     options = {"sampling": sampling, "method": method, "sprint": sprint, "on_step": step}
     done = backbone.run(generate, Draft.blank(request.branches, max_new_tokens, tokens.mask), vocabulary, **options)
     return Answer(_whole(tokens, done.ids), done.ids, done.report)
@@ -380,14 +380,19 @@ def _whole(tokens: Tokens, ids: list[int]) -> str:
 
 
 def _growing(
-    backbone: Backbone, on_step: OnStep, on_text: Callable[[str], None] | None, length: int, phase: str
+    backbone: Backbone,
+    on_step: OnStep,
+    on_text: Callable[[str], None] | None,
+    vocabulary: Vocabulary,
+    length: int,
+    phase: str,
 ) -> OnStep:
-    """``on_step``, and ``on_text`` with what has been written in ``phase``."""
+    """``on_step``, and ``on_text`` with what has been written in ``phase``, up to its end."""
 
     def step(progress: Progress) -> None:
         on_step(progress)
         if on_text and progress.phase == phase and progress.generated:
-            on_text(readable(backbone, progress.generated[:length]))
+            on_text(readable(backbone, tuple(vocabulary.through_end(list(progress.generated[:length])))))
 
     return step
 
@@ -520,7 +525,7 @@ def _think_and_draw(
 
     _, codes = _canvas(backbone, [], size)
     step = _appearing(on_step, on_codes, codes, lambda: begun[-1])
-    ids, chosen, done = backbone.run(job, on_step=_growing(backbone, step, on_text, thinking.length, THINKING))
+    ids, chosen, done = backbone.run(job, on_step=_growing(backbone, step, on_text, ends, thinking.length, THINKING))
     reasoning = tokens.decode(ids[:-4] if chosen else ids).strip()
     doubt = () if chosen == size else (_other_size(size, chosen),)
     return replace(_drawing(backbone, chosen or size, done), reasoning=reasoning, warnings=doubt)

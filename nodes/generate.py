@@ -156,9 +156,9 @@ class LLaDA2TextToVQ(io.ComfyNode):
             sprint=sprint,
             pictures=batch_size,
         )
+        host.warn(*drawing.warnings)
         if drawing.reasoning:
             show(drawing.reasoning, final=True)
-        host.warn(*drawing.warnings)
         grids = host.named(backbone.source, drawing.grids)
         return io.NodeOutput(grids, drawing.reasoning, to_mask(drawing.confidence, DECODED_PIXELS))
 

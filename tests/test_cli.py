@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -334,11 +337,19 @@ def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
         "-o",
         str(picture),
     ]
-    process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words], stderr=subprocess.PIPE, text=True)
-    time.sleep(10)
+    terminal, end = os.openpty()  # bars are shown to a terminal alone
+    termios.tcsetwinsize(end, (24, 100))
+    process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words], stderr=end)
+    os.close(end)
+    said = ""
+    while "denoising" not in said:
+        said += os.read(terminal, 4096).decode(errors="replace")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)  # a step of so large a picture takes its time on a busy machine
-    assert (process.returncode, err.strip().splitlines()[-1]) == (130, "llada2-mlx: stopped")
+    with suppress(OSError):  # how a terminal whose other end is closed says so
+        while more := os.read(terminal, 4096):
+            said += more.decode(errors="replace")
+    os.close(terminal)
+    assert process.wait(timeout=10) == 130 and said.rstrip().endswith("llada2-mlx: stopped")
     assert not list(tmp_path.iterdir())
 
 
