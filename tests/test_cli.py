@@ -96,6 +96,30 @@ def test_sprint(run) -> None:
     assert status == 1 and "SPRINT's warm up is 0; it has to be from 1" in err
 
 
+def test_a_part_is_redrawn_and_a_picture_grows(run) -> None:
+    assert run("t2i", "a cat", "-o", "cat.png", "--codes", "cat.safetensors")[0] == 0
+    mask = Image.new("L", (50, 50))
+    mask.paste(255, (25, 0, 50, 25))
+    mask.save("mask.png")
+    for seeing in ("picture", "before"):
+        status, out, err = run("redraw", "cat.safetensors", "mask.png", "a dog", "--seeing", seeing, "-o", "dog.png")
+        assert status == 0 and out.endswith("dog.png: 256 x 256 pixels\n"), err
+    assert run("redraw", "cat.png", "mask.png", "a dog", "--size", "128", "--mask-grow", "1", "-o", "dog.png")[0] == 0
+    status, out, _ = run("grow", "cat.safetensors", "a cat and a dog", "--right", "2", "-o", "wide.png")
+    assert (status, out) == (0, "wide.png: 320 x 256 pixels\n")
+    Image.new("L", (50, 50)).save("empty.png")
+    for words, sentence in (
+        (("redraw", "cat.safetensors", "empty.png", "a dog"), "covers no code"),
+        (("redraw", "cat.safetensors", "gone.png", "a dog"), "no picture gone.png"),
+        (("redraw", "gone.safetensors", "mask.png", "a dog"), "no file gone.safetensors"),
+        (("redraw", "cat.safetensors", "mask.png", " "), "text is empty"),
+        (("grow", "cat.safetensors", "a dog"), "Nothing is to be added"),
+        (("grow", "cat.safetensors", "a dog", "--top", "1"), "no size tokens"),
+    ):
+        status, _, err = run(*words)
+        assert status == 1 and sentence in err
+
+
 def test_a_plan_that_begins_no_picture(run) -> None:
     status, _, err = run("t2i", "a cat", "--thinking", "--thinking-length", "20", "--thinking-steps", "2")
     assert status == 1 and ("begins" in err or "began no picture" in err or "without beginning" in err)
