@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from .vq import GridSet, Pictures, VQGrid, grids_of, picture_seed
 if TYPE_CHECKING:
     from PIL import Image
 
+    from . import tasks
     from .backbone.acceptance import Sampling
     from .backbone.handle import Backbone
     from .backbone.session import Report
@@ -36,6 +37,7 @@ SAMPLERS = {"ode": "ODE", "published": "as published"}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
 PARTS = {part.word: part for part in Part}
 ALL_TASKS = [name for name, part in PARTS.items() if part is not Part.DECODER]  # the turbo decoder is the default
+SEEING = {"picture": "the whole picture", "before": "what comes before"}
 PURPOSES = {
     "understand": "understand",
     "understand-with-others": "understand with others",
@@ -156,6 +158,50 @@ def edit(a: argparse.Namespace) -> None:
             backbone, pictures, a.instruction, **guided, sampling=sampling, on_step=on_step, sprint=_sprint(a)
         )
     _warn(*drawing.warnings)
+    backbone.unload()  # makes room for the decoder
+    _decode(a, checkpoint, drawing.grids, options)
+    _tell(drawing.report)
+
+
+def redraw(a: argparse.Namespace) -> None:
+    """Draw a part of a picture anew: what a mask covers. All other codes are kept."""
+    import numpy as np
+
+    from . import tasks
+    from .grids import cells, grown
+
+    mask = np.asarray(_open(a.mask).convert("L")) / 255
+
+    def draw(backbone: Backbone, grid: VQGrid, **options: object) -> tasks.Drawing:
+        covered = grown(cells(mask, grid.height, grid.width, a.mask_threshold), a.mask_grow)
+        return tasks.redraw(backbone, grid, covered, a.text, **options)
+
+    _redraw(a, draw)
+
+
+def grow(a: argparse.Namespace) -> None:
+    """Draw what is around a picture. All of its codes are kept."""
+    from . import tasks
+
+    sides = {"left": a.left, "top": a.top, "right": a.right, "bottom": a.bottom}
+    _redraw(a, lambda backbone, grid, **options: tasks.grow(backbone, grid, a.text, **sides, **options))
+
+
+def _redraw(a: argparse.Namespace, draw: Callable[..., tasks.Drawing]) -> None:
+    """A picture, or codes that were saved, drawn in part by ``draw(backbone, grid, ...)``."""
+    from .tasks import Seeing
+
+    prompts.require_text(a.text, "text")
+    _writable(a.output, ".png")
+    saved = Path(a.image).suffix.lower() == ".safetensors"
+    checkpoint = _resolve(a, Part.BACKBONE, *([] if saved else [Part.IMAGE_TOKENIZER]), *_decoder_parts(a))
+    options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
+    grid = VQGrid.load(a.image) if saved else _encode(a, checkpoint, "edit", a.image)
+    _warn(backbone.tokens.doubt(a.text))
+    with _Bars() as on_step:
+        guided = {"guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
+        drawing = draw(backbone, grid, seeing=Seeing(SEEING[a.seeing]), **guided, sampling=sampling, on_step=on_step)
+    _warn(checkpoint.image_sizes.doubt_grid("drawing", drawing.grid))
     backbone.unload()  # makes room for the decoder
     _decode(a, checkpoint, drawing.grids, options)
     _tell(drawing.report)
@@ -658,6 +704,32 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--published-crop", action="store_true", help="crop the middle of the picture without scaling it first"
     )
+
+    redrawing = argparse.ArgumentParser(add_help=False)
+    redrawing.add_argument("image", help="a picture, or codes that were saved as .safetensors")
+    redrawing.add_argument(
+        "--guidance", type=float, help="1: none (default: 4 where the whole picture is seen, else 2)"
+    )
+    redrawing.add_argument("--image-guidance", type=float, default=0.0, help="where the whole picture is seen; 0: none")
+    seeing = lambda default: {
+        "choices": SEEING,
+        "default": default,
+        "help": f"what the model sees: the whole picture, and the text is an "
+        f"instruction; or what comes before, and the text describes the picture (default: {default})",
+    }
+
+    p = add(redraw, sampling, guided, to_file, decoding, encoding, redrawing)
+    p.add_argument("mask", help="a picture of any size, white where the other is to be redrawn")
+    p.add_argument("text")
+    p.add_argument("--seeing", **seeing("picture"))
+    p.add_argument("--mask-threshold", type=float, default=0.1, help="the part of a code that has to be covered")
+    p.add_argument("--mask-grow", type=int, default=0, help="codes by which the mask grows")
+
+    p = add(grow, sampling, guided, to_file, decoding, encoding, redrawing)
+    p.add_argument("text")
+    p.add_argument("--seeing", **seeing("before"))
+    for side in ("left", "top", "right", "bottom"):
+        p.add_argument(f"--{side}", type=int, default=0, help="codes to add there")
 
     p = add(story, sampling, guided, decoding)
     p.add_argument("prompt")

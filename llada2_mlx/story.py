@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
@@ -17,12 +17,12 @@ from .checkpoint.codebook import origin
 from .checkpoint.sizes import DECODED_PIXELS
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
-from .tasks import readable
+from .tasks import OnCodes, codes_so_far, readable
 from .vq import VQGrid, picture_seed
 
 MOST_PICTURES = 64
 # A text or a picture of a story.
-Part = str | VQGrid
+StoryPart = str | VQGrid
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Story:
         warnings: sentences on why the story ended before the model ended it.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[StoryPart, ...]
     report: Report
     warnings: tuple[str, ...] = ()
 
@@ -67,6 +67,7 @@ def tell(
     text_temperature: float = 0.0,
     on_step: OnStep = ignore,
     on_text: Callable[[str], None] | None = None,
+    on_codes: OnCodes | None = None,
     on_picture: Callable[[int, VQGrid], None] | None = None,
 ) -> Story:
     """Tell a story in words and pictures. The model says when a picture comes, and of what size it is.
@@ -85,7 +86,8 @@ def tell(
         rescale: see ``guidance.Guidance``.
         sampling: how codes are chosen. Picture i, and the text before it, use seed + i, counted from 0. The texts have
             the same sampling with ``text_steps`` and ``text_temperature``.
-        on_text: called with the story so far, as Markdown; a stretch not yet denoised reads "…".
+        on_text: called with the story so far, as Markdown; what is still to be denoised, of a text or a picture, reads "…".
+        on_codes: called with the codes so far of the picture that is being drawn.
         on_picture: called with each picture as soon as it is finished: its number, from 1, and its codes. Like
             ``on_step`` it is called in this thread, and what it raises ends the work.
 
@@ -116,12 +118,14 @@ def tell(
     def step(progress: Progress) -> None:
         nonlocal announced
         on_step(progress)
+        if on_codes and progress.phase == teller.drawing:
+            on_codes(*codes_so_far(progress.generated, *teller.canvas, teller.codes))
         if announced < teller.pictures:
             announced = teller.pictures
             if on_picture:
                 on_picture(announced, teller.parts[-1])
-        if on_text:
-            on_text(to_markdown([*teller.parts, teller.readable(progress.generated)]))
+        if on_text and (shown := to_markdown([*teller.parts, teller.readable(progress.generated)])):
+            on_text(shown)
 
     backbone.run(teller.job, on_step=step)
     if not teller.parts:
@@ -155,12 +159,15 @@ class _Teller:
         self.backbone = backbone
         self.most_pictures, self.most_codes, self.text_left = limits
         self.guidance, self.sampling = guidance, sampling
-        self.parts: list[Part] = []
+        self.parts: list[StoryPart] = []
         self.warnings: list[str] = []
         self.report = Report()
         self.pictures = 0
         # what the conditional branch holds up to the current text, and what of it the session does not have yet
         self.told, self.ahead = request, request
+        # the size of the current picture and the ids that it begins with, and which ids it can have
+        self.canvas: tuple[tuple[int, int], Sequence[int]] = ((0, 0), ())
+        self.codes = Vocabulary(self.tokens.mask, first=self.tokens.image_offset)
         # no other name may hold it: what is forked or joined would be kept twice
         self.session: Session | None = None
 
@@ -168,6 +175,11 @@ class _Teller:
     def writing(self) -> str:
         """What the progress calls the writing of the current text."""
         return f"writing text {self.pictures + 1}"
+
+    @property
+    def drawing(self) -> str:
+        """The same of the current picture."""
+        return f"drawing picture {self.pictures + 1}"
 
     def job(self, network: LLaDA2) -> Steps[None]:
         try:
@@ -249,14 +261,13 @@ class _Teller:
         guidance = self.guidance[min(self.pictures, 1)]
         request = prompts.story_picture(tokens, self.told, text, header, first=not self.pictures)
         _, (conditional, *others) = guidance.select(request.branches)
-        vocabulary = Vocabulary(tokens.mask, first=tokens.image_offset)
         if others:
-            self.session, read = yield from add_branches(network, self.session, others, vocabulary.mask)
+            self.session, read = yield from add_branches(network, self.session, others, tokens.mask)
             self.report += read
-        draft = Draft.blank([[]] * (1 + len(others)), height * width, vocabulary.mask)
-        options = {"sampling": self._seeded(self.sampling[1]), "guidance": guidance}
-        phase = f"drawing picture {self.pictures + 1}"
-        done = yield from generate(network, draft, vocabulary, session=self.session, phase=phase, **options)
+        draft = Draft.blank([[]] * (1 + len(others)), height * width, tokens.mask)
+        self.canvas = size, draft.body
+        options = {"sampling": self._seeded(self.sampling[1]), "guidance": guidance, "phase": self.drawing}
+        done = yield from generate(network, draft, self.codes, session=self.session, **options)
         # the next text goes on in the conditional branch alone
         self.session, self.report = done.session.fork([0]), self.report + done.report
         self.ahead = [tokens.image_end]
@@ -269,7 +280,7 @@ class _Teller:
         return replace(sampling, seed=picture_seed(sampling.seed, self.pictures))
 
 
-def to_markdown(parts: Iterable[Part]) -> str:
+def to_markdown(parts: Iterable[StoryPart]) -> str:
     """A story as Markdown: its texts, and ``![picture N](picture_N.png)`` where picture N stands, counted from 1."""
     pieces, pictures = [], 0
     for part in parts:
@@ -281,7 +292,7 @@ def to_markdown(parts: Iterable[Part]) -> str:
     return "\n\n".join(pieces)
 
 
-def to_html(parts: Iterable[Part], title: str) -> str:
+def to_html(parts: Iterable[StoryPart], title: str) -> str:
     """A story as a page that shows its pictures by the names that ``picture_name`` gives them."""
     body, pictures = [], 0
     for part in parts:

@@ -305,7 +305,7 @@ def understand(
     _require_same(pictures, backbone)
     check_room(backbone, len(request.conditional), max_new_tokens, pictures)
     vocabulary = Vocabulary(tokens.mask, ends=frozenset({tokens.end}))
-    step = _growing(backbone, on_step, on_text, max_new_tokens, DENOISING)
+    step = _growing(backbone, on_step, on_text, vocabulary, max_new_tokens, DENOISING)
     options = {"sampling": sampling, "method": method, "sprint": sprint, "on_step": step}
     done = backbone.run(generate, Draft.blank(request.branches, max_new_tokens, tokens.mask), vocabulary, **options)
     return Answer(_whole(tokens, done.ids), done.ids, done.report)
@@ -380,14 +380,19 @@ def _whole(tokens: Tokens, ids: list[int]) -> str:
 
 
 def _growing(
-    backbone: Backbone, on_step: OnStep, on_text: Callable[[str], None] | None, length: int, phase: str
+    backbone: Backbone,
+    on_step: OnStep,
+    on_text: Callable[[str], None] | None,
+    vocabulary: Vocabulary,
+    length: int,
+    phase: str,
 ) -> OnStep:
-    """``on_step``, and ``on_text`` with what has been written in ``phase``."""
+    """``on_step``, and ``on_text`` with what has been written in ``phase``, up to its end."""
 
     def step(progress: Progress) -> None:
         on_step(progress)
         if on_text and progress.phase == phase and progress.generated:
-            on_text(readable(backbone, progress.generated[:length]))
+            on_text(readable(backbone, tuple(vocabulary.through_end(list(progress.generated[:length])))))
 
     return step
 
@@ -418,12 +423,18 @@ def _appearing(
     def step(progress: Progress) -> None:
         on_step(progress)
         if on_codes and progress.phase == DENOISING:
-            size, body = canvas()
-            ids = np.array([*progress.generated, *body[len(progress.generated) :]][: len(body)]).reshape(size)
-            masked = ids == vocabulary.mask
-            on_codes(np.where(masked, 0, ids - vocabulary.first), masked)
+            on_codes(*codes_so_far(progress.generated, *canvas(), vocabulary))
 
     return step
+
+
+def codes_so_far(
+    generated: Sequence[int], size: tuple[int, int], body: Sequence[int], vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray]:
+    """What ``OnCodes`` is called with, from the ids that are generated of a body."""
+    ids = np.array([*generated, *body[len(generated) :]][: len(body)]).reshape(size)
+    masked = ids == vocabulary.mask
+    return np.where(masked, 0, ids - vocabulary.first), masked
 
 
 def _canvas(backbone: Backbone, branches: Sequence[Sequence[int]], size: tuple[int, int]) -> tuple[Draft, Vocabulary]:
@@ -514,7 +525,7 @@ def _think_and_draw(
 
     _, codes = _canvas(backbone, [], size)
     step = _appearing(on_step, on_codes, codes, lambda: begun[-1])
-    ids, chosen, done = backbone.run(job, on_step=_growing(backbone, step, on_text, thinking.length, THINKING))
+    ids, chosen, done = backbone.run(job, on_step=_growing(backbone, step, on_text, ends, thinking.length, THINKING))
     reasoning = tokens.decode(ids[:-4] if chosen else ids).strip()
     doubt = () if chosen == size else (_other_size(size, chosen),)
     return replace(_drawing(backbone, chosen or size, done), reasoning=reasoning, warnings=doubt)

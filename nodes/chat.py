@@ -10,12 +10,10 @@ from . import host
 from .sockets import (
     BackboneSocket,
     ChatSocket,
-    block_inputs,
+    answer_inputs,
     choice_inputs,
     pictures_input,
     sprint_input,
-    temperature_input,
-    token_seed_input,
 )
 
 
@@ -34,23 +32,7 @@ class LLaDA2Chat(io.ComfyNode):
                 io.String.Input(
                     "message", multiline=True, default="", tooltip="What you say. All of it is plain text."
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=32,
-                    min=1,
-                    max=256,
-                    tooltip="Denoising steps for each block of tokens. Fewer is faster and rougher.",
-                ),
-                io.Int.Input(
-                    "max_new_tokens",
-                    default=2048,
-                    min=1,
-                    max=8192,
-                    tooltip="The answer's length at most; it ends by itself before. The conversation and it have to fit into the model's context.",
-                ),
-                token_seed_input(),
-                temperature_input(),
-                *block_inputs(guided=False),
+                *answer_inputs(" The conversation and it have to fit into the model's context."),
                 ChatSocket.Input(
                     "conversation",
                     optional=True,

@@ -18,8 +18,10 @@ from .sockets import (
     VQSocket,
     block_inputs,
     choice_inputs,
+    guidance_input,
     pictures_input,
     sprint_input,
+    steps_input,
     temperature_input,
     token_seed_input,
 )
@@ -59,15 +61,8 @@ class LLaDA2TextToVQ(io.ComfyNode):
                 ),
                 _side_input("width"),
                 _side_input("height"),
-                io.Int.Input("steps", default=8, min=1, max=256, tooltip=_STEPS),
-                io.Float.Input(
-                    "guidance",
-                    default=2.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="How strongly to follow the prompt; 1 is none and takes half the work.",
-                ),
+                steps_input(_STEPS),
+                guidance_input("How strongly to follow the prompt; 1 is none and takes half the work.", 2.0),
                 token_seed_input(),
                 temperature_input(),
                 *block_inputs(guided=True),
@@ -156,27 +151,20 @@ class LLaDA2TextToVQ(io.ComfyNode):
             sprint=sprint,
             pictures=batch_size,
         )
+        host.warn(*drawing.warnings)
         if drawing.reasoning:
             show(drawing.reasoning, final=True)
-        host.warn(*drawing.warnings)
         grids = host.named(backbone.source, drawing.grids)
         return io.NodeOutput(grids, drawing.reasoning, to_mask(drawing.confidence, DECODED_PIXELS))
 
 
 def _thinking_inputs() -> list[io.Input]:
     return [
-        io.Int.Input("steps", default=32, min=1, max=256, tooltip="Denoising steps for each block of the plan."),
+        steps_input("Denoising steps for each block of the plan.", 32),
         io.Int.Input(
             "length", default=4096, min=1, max=32768, tooltip="Tokens of the plan at most; it ends by itself before."
         ),
-        io.Float.Input(
-            "temperature",
-            default=0.0,
-            min=0.0,
-            max=10.0,
-            step=0.05,
-            tooltip="Of the plan: 0 always takes the most probable token. Above 0 every picture of a batch has a plan of its own.",
-        ),
+        temperature_input("Of the plan; above 0 every picture of a batch has one of its own. "),
     ]
 
 
@@ -211,22 +199,12 @@ class LLaDA2Edit(io.ComfyNode):
                     default="",
                     tooltip="What to change, in any language.",
                 ),
-                io.Int.Input("steps", default=8, min=1, max=256, tooltip=_STEPS),
-                io.Float.Input(
-                    "text_guidance",
-                    default=4.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="How strongly to follow the instruction; 1 is none.",
-                ),
-                io.Float.Input(
-                    "image_guidance",
-                    default=0.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="How strongly to keep to the source picture; 0 is none, above 0 takes half as much work again.",
+                steps_input(_STEPS),
+                guidance_input("How strongly to follow the instruction; 1 is none.", 4.0, name="text_guidance"),
+                guidance_input(
+                    "How strongly to keep to the source picture; 0 is none, above 0 takes half as much work again.",
+                    0.0,
+                    name="image_guidance",
                 ),
                 token_seed_input(),
                 temperature_input(),

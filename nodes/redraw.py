@@ -10,7 +10,16 @@ from ..llada2_mlx.checkpoint.sizes import DECODED_PIXELS
 from ..llada2_mlx.grids import grown
 from ..llada2_mlx.vq import picture_seed
 from . import host
-from .sockets import BackboneSocket, VQSocket, block_inputs, choice_inputs, temperature_input, token_seed_input
+from .sockets import (
+    BackboneSocket,
+    VQSocket,
+    block_inputs,
+    choice_inputs,
+    guidance_input,
+    steps_input,
+    temperature_input,
+    token_seed_input,
+)
 
 # As ``llada2_mlx.tasks.Seeing`` has them, which needs MLX.
 _WHOLE, _BEFORE = "the whole picture", "what comes before"
@@ -35,15 +44,8 @@ def _shared_inputs(seen: str) -> list[io.Input]:
             tooltip=f"{_WHOLE}: it is read first, as when it is edited, so that the new part can fit all of it. {_BEFORE}: only the "
             "rows above and what is close, as when it is drawn; less work.",
         ),
-        io.Int.Input("steps", default=8, min=1, max=256, tooltip="Denoising steps for each block of codes."),
-        io.Float.Input(
-            "guidance",
-            default=2.0,
-            min=0.0,
-            max=30.0,
-            step=0.1,
-            tooltip="How strongly to follow the text; 1 is none and takes half the work.",
-        ),
+        steps_input("Denoising steps for each block of codes."),
+        guidance_input("How strongly to follow the text; 1 is none and takes half the work.", 2.0),
         token_seed_input(),
         temperature_input(),
         *block_inputs(guided=True),

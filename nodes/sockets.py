@@ -55,14 +55,39 @@ def token_seed_input() -> io.Int.Input:
     return seed_input(effect, io.ControlAfterGenerate.fixed)
 
 
-def temperature_input() -> io.Float.Input:
+def steps_input(tooltip: str, default: int = 8, name: str = "steps", **options) -> io.Int.Input:
+    return io.Int.Input(name, default=default, min=1, max=256, tooltip=tooltip, **options)
+
+
+def guidance_input(tooltip: str, default: float, name: str = "guidance") -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=30.0, step=0.1, tooltip=tooltip)
+
+
+def answer_inputs(context: str = "") -> list[io.Input]:
+    """How an answer is written; ``context`` is what more there is to say of its length."""
+    return [
+        steps_input("Denoising steps for each block of tokens. Fewer is faster and rougher.", 32),
+        io.Int.Input(
+            "max_new_tokens",
+            default=2048,
+            min=1,
+            max=8192,
+            tooltip=f"The answer's length at most; it ends by itself before.{context}",
+        ),
+        token_seed_input(),
+        temperature_input(),
+        *block_inputs(guided=False),
+    ]
+
+
+def temperature_input(of: str = "", name: str = "temperature") -> io.Float.Input:
     return io.Float.Input(
-        "temperature",
+        name,
         default=0.0,
         min=0.0,
         max=10.0,
         step=0.05,
-        tooltip="0 always takes the most probable token. Above 0 tokens are drawn at random; higher is wilder.",
+        tooltip=f"{of}0 always takes the most probable token. Above 0 tokens are drawn at random; higher is wilder.",
     )
 
 

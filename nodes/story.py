@@ -5,7 +5,16 @@ from comfy_api.latest import io
 from ..llada2_mlx import prompts
 from ..llada2_mlx.checkpoint.sizes import DECODED_PIXELS
 from . import host
-from .sockets import BackboneSocket, VQSocket, block_inputs, choice_inputs, seed_input
+from .sockets import (
+    BackboneSocket,
+    VQSocket,
+    block_inputs,
+    choice_inputs,
+    guidance_input,
+    seed_input,
+    steps_input,
+    temperature_input,
+)
 
 
 class LLaDA2Story(io.ComfyNode):
@@ -38,38 +47,24 @@ class LLaDA2Story(io.ComfyNode):
                     max=64,
                     tooltip="Pictures at most. The story ends by itself before, or where the model begins one more.",
                 ),
-                io.Int.Input(
-                    "steps", default=8, min=1, max=256, tooltip="Denoising steps for each block of a picture."
-                ),
-                io.Float.Input(
-                    "text_guidance",
-                    default=7.5,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="How closely a picture follows the words; 1 is none.",
-                ),
-                io.Float.Input(
-                    "image_guidance",
-                    default=1.5,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="How closely a picture keeps to those before it; 0 is none and takes less work. The first picture has none.",
+                steps_input("Denoising steps for each block of a picture."),
+                guidance_input("How closely a picture follows the words; 1 is none.", 7.5, name="text_guidance"),
+                guidance_input(
+                    "How closely a picture keeps to those before it; 0 is none and takes less work. The first picture has none.",
+                    1.5,
+                    name="image_guidance",
                 ),
                 seed_input(
                     "Only matters above a temperature of 0. Picture i, and the text before it, use seed + i, counted from 0.",
                     io.ControlAfterGenerate.fixed,
                 ),
-                _temperature_input("temperature", "pictures"),
-                _temperature_input("text_temperature", "texts"),
-                io.Int.Input(
-                    "text_steps",
-                    default=32,
-                    min=1,
-                    max=256,
+                temperature_input("Of the pictures. "),
+                temperature_input("Of the texts. ", "text_temperature"),
+                steps_input(
+                    "Denoising steps for each block of text. Fewer is faster and rougher.",
+                    32,
+                    name="text_steps",
                     advanced=True,
-                    tooltip="Denoising steps for each block of text. Fewer is faster and rougher.",
                 ),
                 io.Int.Input(
                     "text_length",
@@ -138,7 +133,7 @@ class LLaDA2Story(io.ComfyNode):
 
         prompts.require_text(prompt, "prompt")
         host.warn(backbone.tokens.doubt(prompt))
-        show = host.progress_text()
+        show, on_step = host.progress_text(), host.progress()
         told = story.tell(
             backbone,
             prompt,
@@ -151,25 +146,15 @@ class LLaDA2Story(io.ComfyNode):
             Sampling(block_length, steps, threshold, temperature, top_k, top_p, seed),
             text_steps,
             text_temperature,
-            on_step=host.progress(),
+            on_step=on_step,
             on_text=show,
+            on_codes=host.appearing(backbone.source, on_step),
             on_picture=_announce,
         )
-        show(told.markdown, final=True)
         host.warn(*told.warnings)
+        show(told.markdown, final=True)
         grids = [(grid,) for grid in host.named(backbone.source, told.grids)]
         return io.NodeOutput(host.listed(told.texts), host.listed(grids), told.markdown)
-
-
-def _temperature_input(name: str, of: str) -> io.Float.Input:
-    return io.Float.Input(
-        name,
-        default=0.0,
-        min=0.0,
-        max=10.0,
-        step=0.05,
-        tooltip=f"Of the {of}. 0 always takes the most probable token; above 0 tokens are drawn at random, and higher is wilder.",
-    )
 
 
 def _announce(number: int, grid) -> None:

@@ -8,12 +8,10 @@ from ..llada2_mlx.vq import readings
 from . import host
 from .sockets import (
     BackboneSocket,
-    block_inputs,
+    answer_inputs,
     choice_inputs,
     pictures_input,
     sprint_input,
-    temperature_input,
-    token_seed_input,
 )
 
 
@@ -38,23 +36,7 @@ class LLaDA2Understand(io.ComfyNode):
                     default="Describe this image in detail.",
                     tooltip="What you want to know.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=32,
-                    min=1,
-                    max=256,
-                    tooltip="Denoising steps for each block of tokens. Fewer is faster and rougher.",
-                ),
-                io.Int.Input(
-                    "max_new_tokens",
-                    default=2048,
-                    min=1,
-                    max=8192,
-                    tooltip="The answer's length at most; it ends by itself before.",
-                ),
-                token_seed_input(),
-                temperature_input(),
-                *block_inputs(guided=False),
+                *answer_inputs(),
                 *choice_inputs(),
                 sprint_input(),
             ],

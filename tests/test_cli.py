@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +19,13 @@ from demonstration import Demo
 from pictures import noise
 from PIL import Image
 from scripted import ScriptedNetwork
+from storyteller import TEXTS, codes, write_storyteller
 from synthetic import tiny
 
-from llada2_mlx import cli, prompts
+from llada2_mlx import cli, imaging, prompts
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.codebook import origin
-from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part
 from llada2_mlx.imaging.look import look, palette
 from llada2_mlx.shapes import gallery
 from llada2_mlx.vq import VQGrid
@@ -92,6 +96,30 @@ def test_sprint(run) -> None:
     assert status == 1 and "SPRINT's warm up is 0; it has to be from 1" in err
 
 
+def test_a_part_is_redrawn_and_a_picture_grows(run) -> None:
+    assert run("t2i", "a cat", "-o", "cat.png", "--codes", "cat.safetensors")[0] == 0
+    mask = Image.new("L", (50, 50))
+    mask.paste(255, (25, 0, 50, 25))
+    mask.save("mask.png")
+    for seeing in ("picture", "before"):
+        status, out, err = run("redraw", "cat.safetensors", "mask.png", "a dog", "--seeing", seeing, "-o", "dog.png")
+        assert status == 0 and out.endswith("dog.png: 256 x 256 pixels\n"), err
+    assert run("redraw", "cat.png", "mask.png", "a dog", "--size", "128", "--mask-grow", "1", "-o", "dog.png")[0] == 0
+    status, out, _ = run("grow", "cat.safetensors", "a cat and a dog", "--right", "2", "-o", "wide.png")
+    assert (status, out) == (0, "wide.png: 320 x 256 pixels\n")
+    Image.new("L", (50, 50)).save("empty.png")
+    for words, sentence in (
+        (("redraw", "cat.safetensors", "empty.png", "a dog"), "covers no code"),
+        (("redraw", "cat.safetensors", "gone.png", "a dog"), "no picture gone.png"),
+        (("redraw", "gone.safetensors", "mask.png", "a dog"), "no file gone.safetensors"),
+        (("redraw", "cat.safetensors", "mask.png", " "), "text is empty"),
+        (("grow", "cat.safetensors", "a dog"), "Nothing is to be added"),
+        (("grow", "cat.safetensors", "a dog", "--top", "1"), "no size tokens"),
+    ):
+        status, _, err = run(*words)
+        assert status == 1 and sentence in err
+
+
 def test_a_plan_that_begins_no_picture(run) -> None:
     status, _, err = run("t2i", "a cat", "--thinking", "--thinking-length", "20", "--thinking-steps", "2")
     assert status == 1 and ("begins" in err or "began no picture" in err or "without beginning" in err)
@@ -154,6 +182,17 @@ def test_a_story_is_a_page_with_its_pictures(run, monkeypatch: pytest.MonkeyPatc
         assert json.loads(told.text["parameters"])["picture"] == 2
 
 
+def test_the_language_model_is_let_go_before_a_storys_pictures_are_decoded(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story_of(monkeypatch)
+    order, unload, load = [], Backbone.unload, imaging.load_part
+    monkeypatch.setattr(Backbone, "unload", lambda self: (order.append("let go"), unload(self)))
+    monkeypatch.setattr(imaging, "load_part", lambda *what: (order.append(what[1]), load(*what))[1])
+    assert run(*STORY)[0] == 0
+    assert order == ["let go", Part.DECODER_TURBO, Part.VAE]
+
+
 def test_a_story_that_is_stopped_keeps_what_is_finished(run, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = story_of(monkeypatch, stops_at=150)
     status, _, err = run(*STORY)
@@ -161,6 +200,25 @@ def test_a_story_that_is_stopped_keeps_what_is_finished(run, monkeypatch: pytest
     assert sorted(path.name for path in Path("story").iterdir()) == ["picture_1.safetensors", "story.md"]
     assert VQGrid.load("story/picture_1.safetensors").codes.tolist() == [[3] * 8] * 8
     assert Path("story/story.md").read_text() == f"{texts[0]}\n\n![picture 1](picture_1.png)\n"
+
+
+def test_a_story_that_is_killed_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """With a real network, in a process of its own."""
+    model, folder = write_storyteller(tmp_path / "storyteller"), tmp_path / "story"
+    one_by_one = ["--block-length", "1", "--steps", "1", "--text-steps", "1", "--precision", "float32"]
+    words = ["story", "Tell it.", *one_by_one, "--model", str(model), "--decoder-steps", "200", "-o", str(folder)]
+    process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words], stderr=subprocess.DEVNULL)
+    while not (folder / "picture_1.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert "index.html" not in names and VQGrid.load(folder / "picture_1.safetensors").to_list() == codes(0)
+    if "picture_2.safetensors" in names:
+        assert VQGrid.load(folder / "picture_2.safetensors").to_list() == codes(1)
+    if "story.md" in names:
+        assert (folder / "story.md").read_text().startswith(f"{TEXTS[0]}\n\n![picture 1](picture_1.png)\n")
 
 
 def test_a_story_replaces_nothing(run) -> None:
@@ -303,11 +361,19 @@ def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
         "-o",
         str(picture),
     ]
-    process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words], stderr=subprocess.PIPE, text=True)
-    time.sleep(10)
+    terminal, end = os.openpty()  # bars are shown to a terminal alone
+    termios.tcsetwinsize(end, (24, 100))
+    process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words], stderr=end)
+    os.close(end)
+    said = ""
+    while "denoising" not in said:
+        said += os.read(terminal, 4096).decode(errors="replace")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)  # a step of so large a picture takes its time on a busy machine
-    assert (process.returncode, err.strip().splitlines()[-1]) == (130, "llada2-mlx: stopped")
+    with suppress(OSError):  # how a terminal whose other end is closed says so
+        while more := os.read(terminal, 4096):
+            said += more.decode(errors="replace")
+    os.close(terminal)
+    assert process.wait(timeout=10) == 130 and said.rstrip().endswith("llada2-mlx: stopped")
     assert not list(tmp_path.iterdir())
 
 

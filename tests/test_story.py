@@ -103,7 +103,21 @@ def test_each_picture_is_handed_on_before_the_story_goes_on(told, script: list[i
     # it grows, and what is finished stays
     assert texts[-1] == story.markdown and any("…" in text for text in texts)
     assert [text.count("![") for text in texts] == sorted(text.count("![") for text in texts)
-    assert f"{ONE}\n\n![picture 1](picture_1.png)" in texts
+    assert f"{ONE}\n\n…" in texts and f"{ONE}\n\n![picture 1](picture_1.png)" in texts
+    assert all(texts)
+
+
+def test_codes_are_seen_as_they_are_accepted(told, script: list[int]) -> None:
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    slow = Sampling(steps=4, threshold=1.0)
+    story = told(*script, sampling=slow, on_codes=lambda codes, masked: seen.append((codes, masked)))
+    left = {shape: [] for shape in ((8, 8), (8, 10))}
+    for codes, masked in seen:
+        grid = story.grids[codes.shape == (8, 10)]
+        assert (codes == np.where(masked, 0, grid.codes)).all()
+        left[codes.shape].append(masked.sum())
+    for counts in left.values():
+        assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1] == 0
 
 
 def test_what_a_callback_raises_ends_the_work(told, script: list[int]) -> None:

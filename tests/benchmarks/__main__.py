@@ -39,15 +39,13 @@ def understanding(backbone: Backbone, repeats: int) -> Section:
 
 def sprint(backbone: Backbone, repeats: int) -> Section:
     """With the published number of steps for an answer. Not exact: the tokens part from those of the exact way."""
-    sampling = replace(SAMPLING, steps=32)
+    sampling, request = replace(SAMPLING, steps=32), question(backbone, length=256)
     ways = {"exact cache": None, "keep 70 %": Sprint(), "keep 30 %": Sprint(keep_ratio=0.3)}
     cases = [
-        Case.of(
-            name, backbone, question(backbone), lambda request, way=way: ours(request, sprint=way, sampling=sampling)
-        )
+        Case.of(name, backbone, request, lambda request, way=way: ours(request, sprint=way, sampling=sampling))
         for name, way in ways.items()
     ]
-    return compare(f"SPRINT, {sampling.steps} steps, 2,500 codes, an answer of 64 tokens", cases, repeats)
+    return compare(f"SPRINT, {sampling.steps} steps, 2,500 codes, an answer of 256 tokens", cases, repeats)
 
 
 def batches(backbone: Backbone, repeats: int) -> Section:

@@ -262,12 +262,14 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_node_of_a_template_hides_another(name: str) -> None:
-    """With the room that a text below a node takes, which comes when the node has something to say."""
-    title, text, gap = 30, 60, 10  # pixels
+    """With the room that a text below a node takes, or codes that appear, which comes when the node has something to show."""
+    title, text, codes, gap = 30, 60, 200, 10  # pixels
+    drawing = ("LLaDA2TextToVQ", "LLaDA2Edit", "LLaDA2Redraw", "LLaDA2Grow", "LLaDA2Story")
     boxes = []
     for node in json.loads((WORKFLOWS / f"{name}.json").read_text())["nodes"]:
         (left, top), (width, height) = node["pos"], node["size"]
-        below = 0 if node["type"] in ("MarkdownNote", "LoadImage", "SaveImage", "PreviewImage") else text
+        shows_itself = ("MarkdownNote", "LoadImage", "SaveImage", "PreviewImage")
+        below = codes if node["type"] in drawing else 0 if node["type"] in shows_itself else text
         boxes.append((left, top - title, left + width + gap, top + height + below + gap))
     for one, other in combinations(boxes, 2):
         apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]

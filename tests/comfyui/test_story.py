@@ -6,11 +6,14 @@ import json
 import shutil
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from client import Comfy, Run, failed, ran, told, workflow
 from PIL import Image
 from storyteller import SIZES, TEXTS, codes, write_storyteller
 
+from llada2_mlx.checkpoint.layout import Checkpoint
+from llada2_mlx.imaging.look import look, palette
 from llada2_mlx.vq import VQGrid
 
 ONE_BY_ONE = {"block_length": 1, "steps": 1, "text_steps": 1}
@@ -81,6 +84,11 @@ def test_a_story_shows_as_it_grows(comfy: Comfy, storyteller: str) -> None:
     # the first picture is announced before the second text is there
     assert TEXTS[0] in events[first - 1] and not [text for text in events[: first + 1] if TEXTS[1] in text]
     assert events[-1] == "\n\n".join([*notes, MARKDOWN])
+    last = {picture.size: picture for node, picture in run.previews if node == "2"}
+    assert list(last) == [(32 * width, 32 * height) for height, width in SIZES]  # what is drawn shows too
+    colours = palette(Checkpoint(comfy.base / "models/llada2" / storyteller))
+    for number, ((height, width), picture) in enumerate(zip(SIZES, last.values(), strict=True)):
+        assert (np.asarray(picture) == look(np.reshape(codes(number), (height, width)), colours, scale=32)).all()
     bars = {event["max"] for event in run.progress if event["node"] == "2"}
     assert {80} <= bars and len(bars) >= 2  # of the pictures, and of the texts
 
@@ -95,7 +103,7 @@ def test_a_story_shows_as_it_grows(comfy: Comfy, storyteller: str) -> None:
 def test_a_limit_ends_the_story_and_is_told(comfy: Comfy, storyteller: str, limit: dict, sentence: str) -> None:
     run = ran(comfy.run(story(storyteller, **ONE_BY_ONE, **limit)))
     assert len(comfy.images(run)) == 1 and shown(run, "6") == list(TEXTS[: 1 + ("pictures" in limit)])
-    assert sentence in told(run, "2")
+    assert sentence in told(run, "2") and TEXTS[0] in told(run, "2")
 
 
 def test_a_story_without_a_picture_runs_nothing_behind_it(comfy: Comfy, storyteller: str) -> None:
