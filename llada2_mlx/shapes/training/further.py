@@ -173,8 +173,9 @@ class FurtherCurriculum(Curriculum):
         sequence, begun = Packed(), len(conditional)
         for shape, end in self.phrases(planned, scene).items():
             last = len(conditional) + end - 1
-            sequence.telling[last], sequence.named[last] = part(shape.place), shape_class(shape)
+            sequence.telling[last] = part(shape.place)
             sequence.asking |= dict.fromkeys(range(begun, last + 1), part(shape.place))
+            sequence.named |= dict.fromkeys(range(begun, last + 1), shape_class(shape))
             begun = last + 1
         start = find(conditional, self.tokens.encode(text))
         if all(shape.place.value in text for shape in scene.shapes):
@@ -395,6 +396,7 @@ class FurtherCurriculum(Curriculum):
                 sequence.telling[last], sequence.named[last] = part(shape.place), shape_class(shape)
         for shape, end in self.phrases(story.texts[0], story.scenes[0]).items():
             sequence.asking |= dict.fromkeys(range(begun, first + end), part(shape.place))
+            sequence.named |= dict.fromkeys(range(begun, first + end), shape_class(shape))
             begun = first + end
         for number, piece in enumerate(pieces):
             picture = number // 2
@@ -414,7 +416,8 @@ class FurtherCurriculum(Curriculum):
                 last = piece.start + len(piece.ids) - 5  # before the header
                 sequence.telling[last] = instruction(picture)
                 sequence.asking[last] = sum(part(place, picture - 1) for place in changed if scene.at(place))
-                sequence.named[last] = shape_class(made[0] if made else None)
+                about = shape_class(made[0] if made else None)
+                sequence.named |= dict.fromkeys(range(piece.start, last + 1), about)
 
     @staticmethod
     def _asks(story: Tale, picture: int) -> dict[Place, int]:
