@@ -66,6 +66,13 @@ class Comfy:
             body = error.read()
         return json.loads(body) if body else None
 
+    def free(self) -> None:
+        """Let all models go. ComfyUI acts on it when a prompt has ended, so that the next one could come before."""
+        self.post("/free", {"unload_models": True})
+        mask = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 16, "height": 16}}
+        shown = {"class_type": "MaskPreview", "inputs": {"mask": ["1", 0]}}
+        self.run({"1": mask, "2": shown})
+
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 

@@ -132,7 +132,7 @@ def test_progress_arrives_for_tokens_and_for_pixels(comfy: Comfy, unique: str) -
 
 
 def test_the_bar_starts_again_after_the_weights_were_loaded(comfy: Comfy, unique: str) -> None:
-    comfy.post("/free", {"unload_models": True})
+    comfy.free()
     run = ran(comfy.run(workflow("text_to_image", **{"2": {"prompt": unique}})))
     own = [(event["value"], event["max"]) for event in run.progress if event["node"] == "2"]
     weights, denoising = own[0][1], own[-1][1]
