@@ -6,6 +6,8 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+# Test files that run at the same time. Each of the processes may start a ComfyUI and read models: 4 GB of memory each.
+JOBS ?= 2
 
 .PHONY: demo test test-lowest shapes evaluate benchmarks lint clean
 
@@ -13,7 +15,7 @@ demo: $(VENV)/.ready
 	$(BIN)/llada2-mlx demo demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # The tests with the lowest versions that pyproject.toml allows; some of them with ARGS="tests/test_tokens.py".
 test-lowest: $(LOWEST)/.ready
