@@ -66,12 +66,18 @@ class Comfy:
             body = error.read()
         return json.loads(body) if body else None
 
-    def free(self) -> None:
-        """Let all models go. ComfyUI acts on it when a prompt has ended, so that the next one could come before."""
-        self.post("/free", {"unload_models": True})
-        mask = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 16, "height": 16}}
-        shown = {"class_type": "MaskPreview", "inputs": {"mask": ["1", 0]}}
-        self.run({"1": mask, "2": shown})
+    def free(self, parts: int, **more: bool) -> None:
+        """Let all models go, and wait until so many parts of ours are gone.
+
+        ComfyUI overhears what it is asked in the moment in which a prompt ends; so it is asked again.
+        """
+        gone, asked, deadline = self.log().count("let go") + parts, 0.0, time.monotonic() + 60
+        while self.log().count("let go") < gone:
+            assert time.monotonic() < deadline, "nothing was let go"
+            if time.monotonic() - asked > 5:
+                asked = time.monotonic()
+                self.post("/free", {"unload_models": True, **more})
+            time.sleep(0.1)
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
