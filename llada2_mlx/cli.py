@@ -37,7 +37,7 @@ SAMPLERS = {"ode": "ODE", "published": "as published"}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
 PARTS = {part.word: part for part in Part}
 ALL_TASKS = [name for name, part in PARTS.items() if part is not Part.DECODER]  # the turbo decoder is the default
-SEEING = {"picture": "the whole picture", "before": "what comes before"}
+SEEING = {"picture": prompts.Seeing.PICTURE, "before": prompts.Seeing.BEFORE}
 PURPOSES = {
     "understand": "understand",
     "understand-with-others": "understand with others",
@@ -189,8 +189,6 @@ def grow(a: argparse.Namespace) -> None:
 
 def _redraw(a: argparse.Namespace, draw: Callable[..., tasks.Drawing]) -> None:
     """A picture, or codes that were saved, drawn in part by ``draw(backbone, grid, ...)``."""
-    from .tasks import Seeing
-
     prompts.require_text(a.text, "text")
     _writable(a.output, ".png")
     saved = Path(a.image).suffix.lower() == ".safetensors"
@@ -200,7 +198,7 @@ def _redraw(a: argparse.Namespace, draw: Callable[..., tasks.Drawing]) -> None:
     _warn(backbone.tokens.doubt(a.text))
     with _Bars() as on_step:
         guided = {"guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
-        drawing = draw(backbone, grid, seeing=Seeing(SEEING[a.seeing]), **guided, sampling=sampling, on_step=on_step)
+        drawing = draw(backbone, grid, seeing=SEEING[a.seeing], **guided, sampling=sampling, on_step=on_step)
     _warn(checkpoint.image_sizes.doubt_grid("drawing", drawing.grid))
     backbone.unload()  # makes room for the decoder
     _decode(a, checkpoint, drawing.grids, options)

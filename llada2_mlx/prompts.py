@@ -8,6 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from .errors import RequestError
 from .tokens import Tokens, UserText
@@ -31,6 +32,13 @@ _UNSEEN = frozenset(
 
 # Sides in pixels at which every model has size tokens (8 to 254 codes, even).
 SMALLEST_SIDE, LARGEST_SIDE, SIDE_STEP = 256, 8128, 64
+
+
+class Seeing(Enum):
+    """What the model sees while it redraws a part of a picture."""
+
+    PICTURE = "the whole picture"  # as the source of an edit
+    BEFORE = "what comes before"  # as when it draws: blocks of codes in the order of rows
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from .backbone.guidance import Guidance
 from .backbone.handle import Backbone, Steps
 from .backbone.network import LLaDA2
 from .backbone.session import Report, Session
-from .checkpoint.codebook import origin
 from .checkpoint.sizes import DECODED_PIXELS
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
-from .tasks import OnCodes, codes_so_far, readable
+from .tasks import OnCodes, as_grid, codes_so_far, readable
 from .vq import VQGrid, picture_seed
 
 MOST_PICTURES = 64
@@ -155,7 +154,7 @@ class _Teller:
         guidance: tuple[Guidance, Guidance],
         sampling: tuple[Sampling, Sampling],
     ):
-        self.tokens, self.config, self.origin = backbone.tokens, backbone.config, origin(backbone.checkpoint)
+        self.tokens, self.config = backbone.tokens, backbone.config
         self.backbone = backbone
         self.most_pictures, self.most_codes, self.text_left = limits
         self.guidance, self.sampling = guidance, sampling
@@ -257,14 +256,14 @@ class _Teller:
 
     def _draw(self, network: LLaDA2, text: list[int], header: list[int], size: tuple[int, int]) -> Steps[VQGrid]:
         """The picture that the model has begun."""
-        tokens, (height, width) = self.tokens, size
+        tokens = self.tokens
         guidance = self.guidance[min(self.pictures, 1)]
         request = prompts.story_picture(tokens, self.told, text, header, first=not self.pictures)
         _, (conditional, *others) = guidance.select(request.branches)
         if others:
             self.session, read = yield from add_branches(network, self.session, others, tokens.mask)
             self.report += read
-        draft = Draft.blank([[]] * (1 + len(others)), height * width, tokens.mask)
+        draft = Draft.blank([[]] * (1 + len(others)), size[0] * size[1], tokens.mask)
         self.canvas = size, draft.body
         options = {"sampling": self._seeded(self.sampling[1]), "guidance": guidance, "phase": self.drawing}
         done = yield from generate(network, draft, self.codes, session=self.session, **options)
@@ -273,8 +272,7 @@ class _Teller:
         self.ahead = [tokens.image_end]
         self.told = [*conditional, *done.ids, *self.ahead]
         self.text_left -= len(text) + len(header)
-        codes = [token - tokens.image_offset for token in done.ids]
-        return VQGrid.from_list(codes, height, width, tokens.codebook_size, self.origin)
+        return as_grid(self.backbone, done.ids, size)
 
     def _seeded(self, sampling: Sampling) -> Sampling:
         return replace(sampling, seed=picture_seed(sampling.seed, self.pictures))

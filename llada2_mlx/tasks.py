@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +21,7 @@ from .checkpoint.codebook import origin, require_same
 from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
 from .progress import OnStep, Progress, ignore
+from .prompts import Seeing
 from .tokens import Tokens
 from .vq import Pictures, VQGrid, grids_of, picture_seed
 
@@ -194,13 +194,6 @@ def edit(
     options = {"sampling": sampling, "guidance": guidance, "method": method}
     drawing = _draw(backbone, request, (grid.height, grid.width), on_step, on_codes, **options)
     return drawing if sprint is None else replace(drawing, warnings=(_NO_SPRINT,))
-
-
-class Seeing(Enum):
-    """What the model sees while it redraws a part of a picture."""
-
-    PICTURE = "the whole picture"  # as the source of an edit
-    BEFORE = "what comes before"  # as when it draws: blocks of codes in the order of rows
 
 
 def redraw(
@@ -476,12 +469,14 @@ def _redraw(
 
 
 def _drawing(backbone: Backbone, size: tuple[int, int], done: Generation) -> Drawing:
-    offset, made_by = backbone.config.image_token_offset, origin(backbone.checkpoint)
-    grids = [
-        VQGrid.from_list([token - offset for token in ids], *size, backbone.config.codebook_size, made_by)
-        for ids in done.pictures
-    ]
-    return Drawing(tuple(grids), done.report, tuple(certain.reshape(size) for certain in done.confidence))
+    grids = tuple(as_grid(backbone, ids, size) for ids in done.pictures)
+    return Drawing(grids, done.report, tuple(certain.reshape(size) for certain in done.confidence))
+
+
+def as_grid(backbone: Backbone, ids: Sequence[int], size: tuple[int, int]) -> VQGrid:
+    """Token ids of image codes as a grid of the backbone's model; ``size`` is rows and columns."""
+    codes = [token - backbone.config.image_token_offset for token in ids]
+    return VQGrid.from_list(codes, *size, backbone.config.codebook_size, origin(backbone.checkpoint))
 
 
 def _think_and_draw(

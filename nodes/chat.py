@@ -68,11 +68,9 @@ class LLaDA2Chat(io.ComfyNode):
     @classmethod
     @host.explains
     def check_lazy_status(cls, backbone, message: str, vq=None, **_) -> list[str]:
-        if vq is not None or not host.is_linked(cls.hidden.dynprompt, "vq"):
+        if not host.is_linked(cls.hidden.dynprompt, "vq"):
             return []
-        prompts.require_text(message, "message")
-        host.check_codes(cls.hidden.dynprompt, backbone.source)
-        return ["vq"]
+        return host.wanted_picture(cls.hidden.dynprompt, backbone, vq, message, "message")
 
     @classmethod
     @host.explains

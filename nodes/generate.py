@@ -233,11 +233,7 @@ class LLaDA2Edit(io.ComfyNode):
     @classmethod
     @host.explains
     def check_lazy_status(cls, backbone, instruction: str, vq=None, **_) -> list[str]:
-        if vq is not None:
-            return []
-        prompts.require_text(instruction, "instruction")
-        host.check_codes(cls.hidden.dynprompt, backbone.source)
-        return ["vq"]
+        return host.wanted_picture(cls.hidden.dynprompt, backbone, vq, instruction, "instruction")
 
     @classmethod
     @host.explains

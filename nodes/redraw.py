@@ -21,8 +21,7 @@ from .sockets import (
     token_seed_input,
 )
 
-# As ``llada2_mlx.tasks.Seeing`` has them, which needs MLX.
-_WHOLE, _BEFORE = "the whole picture", "what comes before"
+_WHOLE, _BEFORE = (each.value for each in prompts.Seeing)
 _MOST = 255  # codes on a side that a size token can say
 
 
@@ -120,7 +119,7 @@ class LLaDA2Redraw(io.ComfyNode):
     @classmethod
     @host.explains
     def check_lazy_status(cls, backbone, text: str, vq=None, **_) -> list[str]:
-        return _wanted(cls.hidden.dynprompt, backbone, text, vq)
+        return host.wanted_picture(cls.hidden.dynprompt, backbone, vq, text, "text")
 
     @classmethod
     @host.explains
@@ -170,7 +169,7 @@ class LLaDA2Grow(io.ComfyNode):
     @classmethod
     @host.explains
     def check_lazy_status(cls, backbone, text: str, vq=None, **_) -> list[str]:
-        return _wanted(cls.hidden.dynprompt, backbone, text, vq)
+        return host.wanted_picture(cls.hidden.dynprompt, backbone, vq, text, "text")
 
     @classmethod
     @host.explains
@@ -182,25 +181,15 @@ class LLaDA2Grow(io.ComfyNode):
         return _drawn(backbone, vq, [None] * len(vq), text, seeing, grow, **how)
 
 
-def _wanted(graph, backbone, text: str, vq) -> list[str]:
-    """What a node with a lazy picture asks for, after all that can be checked before the picture is there."""
-    if vq is not None:
-        return []
-    prompts.require_text(text, "text")
-    host.check_codes(graph, backbone.source)
-    return ["vq"]
-
-
 def _drawn(backbone, vq, masks, text, seeing, draw, guidance, rescale, seed, **how) -> io.NodeOutput:
     """Each picture of a batch, drawn by ``draw(grid, mask, ...)``."""
     from ..llada2_mlx.backbone.acceptance import Sampling
     from ..llada2_mlx.imaging.pixels import to_mask
-    from ..llada2_mlx.tasks import Seeing
 
     prompts.require_text(text, "text")
     seen = doubt(vq[0], backbone.checkpoint, "editing") if seeing == _WHOLE else None
     host.warn(seen, backbone.tokens.doubt(text))
-    common = {"seeing": Seeing(seeing), "guidance": guidance, "rescale": rescale}
+    common = {"seeing": prompts.Seeing(seeing), "guidance": guidance, "rescale": rescale}
     drawings = []
     for index, (grid, mask) in enumerate(zip(vq, masks, strict=True)):
         sampling, on_step = Sampling(seed=picture_seed(seed, index), **how), host.progress(index, len(vq))

@@ -53,11 +53,7 @@ class LLaDA2Understand(io.ComfyNode):
     @classmethod
     @host.explains
     def check_lazy_status(cls, backbone, question: str, vq=None, **_) -> list[str]:
-        if vq is not None:
-            return []
-        prompts.require_text(question, "question")
-        host.check_codes(cls.hidden.dynprompt, backbone.source)
-        return ["vq"]
+        return host.wanted_picture(cls.hidden.dynprompt, backbone, vq, question, "question")
 
     @classmethod
     @host.explains

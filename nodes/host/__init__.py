@@ -13,7 +13,7 @@ from .folders import (
     model_of_codes,
     named,
 )
-from .graph import JOIN, check_codes, check_one_codebook, given, is_linked, listed
+from .graph import JOIN, check_codes, check_one_codebook, given, is_linked, listed, wanted_picture
 from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
 from .memory import ManagedBackbone, ManagedPart, backbone, image_part
 from .preview import appearing
@@ -57,5 +57,6 @@ __all__ = [
     "save_grids",
     "size_note",
     "tell",
+    "wanted_picture",
     "warn",
 ]

@@ -13,11 +13,14 @@ from comfy_execution.utils import get_executing_context
 from ...llada2_mlx.checkpoint.codebook import origin, require_one_codebook
 from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint
 from ...llada2_mlx.errors import LLaDA2Error
+from ...llada2_mlx.prompts import require_text
 from .folders import CODES, checkpoint, model_names
 from .grids import LOADER, model_of_file
 
 if TYPE_CHECKING:
     from comfy_execution.graph import DynamicPrompt
+
+    from .memory import ManagedBackbone
 
 JOIN = "LLaDA2JoinVQ"  # the node whose every input is used
 
@@ -73,17 +76,27 @@ def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkp
             _require_any(partial(_check_pair, maker, model) for maker in makers)
 
 
+def wanted_picture(graph: DynamicPrompt | None, backbone: ManagedBackbone, vq: Any, text: str, what: str) -> list[str]:
+    """For ``check_lazy_status`` of a node that does with a picture what a text says: the picture, unless it is there.
+
+    Raises:
+        LLaDA2Error: the text, which is called ``what``, is blank, or the picture's codes cannot be the backbone's.
+    """
+    if vq is not None:
+        return []
+    require_text(text, what)
+    check_codes(graph, backbone.source)
+    return ["vq"]
+
+
 def check_one_codebook(graph: DynamicPrompt | None, one: str, other: str) -> None:
     """Say before the codes behind two links are made that they are of two codebooks, as far as the graph says it.
 
     Raises:
         LLaDA2Error: no model that can be behind the one link has the codebook of one behind the other.
     """
-    context = get_executing_context()
-    if graph is None or context is None:
-        return
-    inputs, names = graph.get_node(context.node_id)["inputs"], model_names()
-    pairs = list(product(*(list(_models(graph, inputs.get(name), names, set())) for name in (one, other))))
+    names = model_names()
+    pairs = list(product(*(list(_models(graph, given(graph, name), names, set())) for name in (one, other))))
     if not any(HUB_MODEL in pair for pair in pairs):
         _require_any(partial(_check_pair, *pair) for pair in pairs)
 
