@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 	$(BIN)/llada2-mlx demo demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 2
 
 # The tests with the lowest versions that pyproject.toml allows; some of them with ARGS="tests/test_tokens.py".
 test-lowest: $(LOWEST)/.ready
