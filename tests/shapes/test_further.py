@@ -18,11 +18,24 @@ from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.session import Session
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.shapes.grammar import caption, plan
-from llada2_mlx.shapes.several import pair_question
+from llada2_mlx.shapes.several import About, pair_question
 from llada2_mlx.shapes.training import __main__ as trainer
 from llada2_mlx.shapes.training import backbone, curriculum, data, further, loop, packed
 from llada2_mlx.shapes.training.text import add_words, further_sentences, sentences
-from llada2_mlx.shapes.world import Place, held_out, held_out_pair
+from llada2_mlx.shapes.world import (
+    Background,
+    Colour,
+    Kind,
+    Pattern,
+    Place,
+    Scene,
+    Shape,
+    Size,
+    Tone,
+    Variation,
+    held_out,
+    held_out_pair,
+)
 from llada2_mlx.tokens import Tokens
 from llada2_mlx.vq import GridSet
 
@@ -229,6 +242,22 @@ def test_questions_about_two_pictures_are_those_of_the_task(further_lessons, mon
         if bits:
             picture = int(sequence.positions[index] >= len(prompts.blocks(tokens, curriculum.grid_of(codes[0]))))
             assert bits in {packed.part(shape.place, picture) for shape in both[picture].shapes}
+
+
+def test_two_pictures_without_a_fair_question_of_a_kind_are_asked_another(further_lessons) -> None:
+    def alone(colour: Colour, place: Place) -> Scene:
+        ring = Shape(Kind.RING, colour, place, Size.SMALL, Variation())
+        return Scene((ring,), Background(Pattern.PLAIN, Tone.GREY))
+
+    # only colours tell which picture has which, and both names are held out where the other ring is
+    both = alone(Colour.YELLOW, Place.BOTTOM_RIGHT), alone(Colour.BLACK, Place.BOTTOM_LEFT)
+    which = [pair_question(both, About.WHICH, random.Random(seed)) for seed in range(40)]
+    assert not any(further.fair_of_two(question, both) for question in which)
+    for seed in range(6):
+        sequence = further_lessons._questions_about_two(
+            both, [each.small for each in further_lessons.examples[:2]], random.Random(seed)
+        )
+        assert len(set(sequence.groups) - {0}) == curriculum.QUESTIONS
 
 
 def test_an_edit_with_a_reference_has_the_branches_of_the_task(further_lessons) -> None:

@@ -221,10 +221,9 @@ class FurtherCurriculum(Curriculum):
         shared = len(given) // BLOCK * BLOCK  # what is the same for every question
         sequence.clean(given[:shared], 0, 0)
         for group, about in enumerate(rng.sample(list(About), QUESTIONS), 1):
-            asked = None
-            while asked is None or not fair_of_two(asked, both):
-                asked = pair_question(both, about, rng)
-                about = rng.choice(list(About)) if asked is None else about
+            # two pictures may have no fair question of a kind; which has more shapes is always one
+            while (asked := pair_question(both, about, rng)) is None or not fair_of_two(asked, both):
+                about = rng.choice(list(About))
             prompt = prompts.understand(self.tokens, pictures, asked.text).conditional
             answer, first = self.tokens.encode(asked.answer), len(prompt)
             if asked.topic is Topic.DESCRIPTION:
