@@ -634,7 +634,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     decoding.add_argument("--time-shift", type=float, default=6.0, help="of the ODE's times to the noise (default: 6)")
     decoding.add_argument(
-        "--guidance-start", type=float, default=0.0, help="the time from which the decoder is guided, 0: noise (default: 0)"
+        "--guidance-start",
+        type=float,
+        default=0.0,
+        help="the time from which the decoder is guided, 0: noise (default: 0)",
     )
     decoding.add_argument("--guidance-end", type=float, default=1.0, help="and before this, 1: picture (default: 1)")
     decoding.add_argument(

@@ -60,5 +60,7 @@ def test_a_picture_that_is_seen_at_once_is_reached_in_any_steps(name: str) -> No
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_one_call_for_each_interval(name: str) -> None:
     asked = []
-    integrate(lambda time, x: (asked.append(time), velocity(time, x))[1], torch.zeros(2), [0, 0.1, 0.6, 1], MULTISTEP[name]())
+    integrate(
+        lambda time, x: (asked.append(time), velocity(time, x))[1], torch.zeros(2), [0, 0.1, 0.6, 1], MULTISTEP[name]()
+    )
     assert asked == [0, 0.1, 0.6]
