@@ -546,7 +546,8 @@ def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGri
     for grid in grids:
         require_same(grid, checkpoint)
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
-    return DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, Sampler(SAMPLERS[a.sampler]), a.solver)
+    more = {"time_shift": a.time_shift, "guidance_start": a.guidance_start, "guidance_end": a.guidance_end}
+    return DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, Sampler(SAMPLERS[a.sampler]), a.solver, **more)
 
 
 def _sampling(a: argparse.Namespace) -> Sampling:
@@ -628,7 +629,17 @@ def _parser() -> argparse.ArgumentParser:
     decoding.add_argument(
         "--sampler", choices=SAMPLERS, default="ode", help="published: fresh noise at each step (default: ode)"
     )
-    decoding.add_argument("--solver", default="euler", help="torchdiffeq's method for the ODE (default: euler)")
+    decoding.add_argument(
+        "--solver", default="euler", help="of the ODE: ab2, dpmpp_2m, unipc_2, or torchdiffeq's (default: euler)"
+    )
+    decoding.add_argument("--time-shift", type=float, default=6.0, help="of the ODE's times to the noise (default: 6)")
+    decoding.add_argument(
+        "--guidance-start",
+        type=float,
+        default=0.0,
+        help="the time from which the decoder is guided, 0: noise (default: 0)",
+    )
+    decoding.add_argument("--guidance-end", type=float, default=1.0, help="and before this, 1: picture (default: 1)")
     decoding.add_argument(
         "--upscale", type=int, default=2, choices=(1, 2), help="size of the picture over the tokenizer's (default: 2)"
     )

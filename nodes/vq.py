@@ -130,7 +130,7 @@ class ZImageDecode(io.ComfyNode):
             "solver",
             options=list(SOLVERS),
             default="euler",
-            tooltip="How the ODE is solved. euler calls the network once a step.",
+            tooltip="How the ODE is solved. euler, ab2, dpmpp_2m and unipc_2 call the network once a step.",
         )
         full = [
             io.Int.Input(

@@ -271,6 +271,7 @@ def test_to_codes_and_back(run) -> None:
     for words in (
         ("--decoder", "full", "--decoder-steps", "3"),
         ("--sampler", "published", "--decoder-guidance", "0"),
+        ("--solver", "ab2", "--time-shift", "1", "--guidance-start", "0.2", "--guidance-end", "0.8"),
         ("--solver", "midpoint"),
     ):
         assert run("decode", "codes.safetensors", *words, "-o", "back.png")[1] == "back.png: 256 x 320 pixels\n"
@@ -304,6 +305,8 @@ def test_what_a_model_is(run) -> None:
         (("story", "a cat", "--pictures", "0"), "story of 0 pictures"),
         (("story", "a cat", "--picture-codes", "9"), "smallest one has 64"),
         (("story", "a cat", "--decoder-steps", "0"), "steps"),
+        (("t2i", "a cat", "--guidance-start", "0.6", "--guidance-end", "0.2"), "start before the end"),
+        (("t2i", "a cat", "--time-shift", "0.5"), "time shift"),
         (("t2i", "a cat", "--width", "100"), "multiples of 32"),
         (("t2i", "a cat", "--steps", "0"), "steps is 0"),
         (("t2i", "a cat", "--guidance", "-1"), "guidance scale is -1"),

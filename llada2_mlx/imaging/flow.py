@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -15,10 +16,18 @@ import torch
 from ..errors import LLaDA2Error, RequestError
 from ..progress import OnStep, Progress
 from .device import has_float64
+from .solvers import MULTISTEP, integrate
 
-# torchdiffeq's methods; a fixed-step one calls the network so often for each interval. Its Adams methods assume even
-# steps, and the time grid is shifted: they diverge.
-FIXED_SOLVERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+# Where in an interval a solver calls the network. torchdiffeq's; its Adams methods assume even steps, and the time grid is
+# shifted: they diverge. Then our own.
+FIXED_SOLVERS: dict[str, tuple[float, ...]] = {
+    "euler": (0,),
+    "midpoint": (0, 1 / 2),
+    "heun2": (0, 1),
+    "heun3": (0, 1 / 3, 2 / 3),
+    "rk4": (0, 1 / 3, 2 / 3, 1),
+    **dict.fromkeys(MULTISTEP, (0,)),
+}
 ADAPTIVE_SOLVERS = ("dopri5", "bosh3", "adaptive_heun")
 SOLVERS = (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS)
 
@@ -42,6 +51,8 @@ class DecodeOptions:
         sampler: the ODE, or the way the turbo decoder was published.
         solver: one of ``SOLVERS``, for the ODE.
         time_shift: how far the ODE's time grid is moved towards the noise; 1 leaves it even.
+        guidance_start, guidance_end: the times, 0 (noise) to 1 (picture), from which on and before which there is guidance;
+            outside of them the negative branch does not run (Kynkaanniemi et al., arXiv:2404.07724).
 
     Raises:
         RequestError: a value is out of range.
@@ -54,6 +65,8 @@ class DecodeOptions:
     sampler: Sampler = Sampler.ODE
     solver: str = "euler"
     time_shift: float = 6.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
 
     def __post_init__(self) -> None:
         least = 2 if self.sampler is Sampler.ODE else 1
@@ -67,6 +80,11 @@ class DecodeOptions:
             raise RequestError(f"There is no solver {self.solver!r}; there are {', '.join(SOLVERS)}.")
         if not 1 <= self.time_shift <= 100:
             raise RequestError(f"time shift is {self.time_shift}; it has to be from 1 to 100.")
+        if not 0 <= self.guidance_start < self.guidance_end <= 1:
+            raise RequestError(
+                f"Guidance is to start at {self.guidance_start} and to end at {self.guidance_end}; both have to be from 0 (noise) "
+                "to 1 (picture), and the start before the end. Set guidance to 0 for none."
+            )
         if not 0 <= self.seed < 2**64:
             raise RequestError(f"The seed is {self.seed}; it has to be from 0 to {2**64 - 1}.")
 
@@ -75,7 +93,23 @@ class DecodeOptions:
         """How often the velocity is computed; None where the solver decides that itself."""
         if self.sampler is Sampler.RENOISE:
             return self.steps
-        return (self.steps - 1) * FIXED_SOLVERS[self.solver] if self.solver in FIXED_SOLVERS else None
+        return (self.steps - 1) * len(FIXED_SOLVERS[self.solver]) if self.solver in FIXED_SOLVERS else None
+
+    @property
+    def network_calls(self) -> int | None:
+        """How often the network runs in both branches; None as for ``calls``."""
+        if self.calls is None or not self.guidance:
+            return self.calls
+        if self.sampler is Sampler.RENOISE:
+            times = torch.linspace(0, 1, self.steps + 1)[:-1].tolist()
+        else:
+            grid = ode_times(self.steps, self.time_shift, torch.device("cpu")).tolist()
+            times = [a + part * (b - a) for a, b in pairwise(grid) for part in FIXED_SOLVERS[self.solver]]
+        return len(times) + sum(map(self.guides, times))
+
+    def guides(self, time: float) -> bool:
+        """Whether there is guidance at a time."""
+        return self.guidance_start <= time and (time < self.guidance_end or self.guidance_end == 1)
 
 
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
@@ -94,28 +128,53 @@ def ode_times(steps: int, shift: float, device: torch.device) -> torch.Tensor:
     return shifted(torch.linspace(0, 1, steps, device=device), shift)
 
 
+class Tell(Protocol):
+    """Is told how many more pieces of a call are done."""
+
+    def __call__(self, pieces: int = 1) -> None: ...
+
+
 class Velocity(Protocol):
     """What a network predicts, whatever it runs in.
 
-    ``pieces`` is how often a call tells how far it is.
+    ``pieces`` is of how many pieces a call tells, in all.
     """
 
     pieces: int
 
-    def __call__(self, time: torch.Tensor | float, latent: torch.Tensor, tell: Callable[[], None]) -> torch.Tensor:
+    def __call__(self, time: torch.Tensor | float, latent: torch.Tensor, tell: Tell) -> torch.Tensor:
         """The velocity at a time and a latent, float32 in the latent's shape; ``tell()`` is called within it."""
         ...
 
 
 class Guided:
-    """A velocity that is guided away from another; the two are computed one after the other, see ``guide``."""
+    """A velocity that is guided away from another; the two are computed one after the other, see ``guide``.
 
-    def __init__(self, positive: Velocity, negative: Velocity, scale: float):
-        self.positive, self.negative, self.scale = positive, negative, scale
+    Args:
+        guides: whether there is guidance at a time; where there is none, the other is not computed.
+    """
+
+    def __init__(
+        self, positive: Velocity, negative: Velocity, scale: float, guides: Callable[[float], bool] = lambda time: True
+    ):
+        self.positive, self.negative, self.scale, self.guides = positive, negative, scale, guides
         self.pieces = positive.pieces + negative.pieces
 
-    def __call__(self, time: torch.Tensor | float, latent: torch.Tensor, tell: Callable[[], None]) -> torch.Tensor:
-        return guide(self.positive(time, latent, tell), self.negative(time, latent, tell), self.scale)
+    def __call__(self, time: torch.Tensor | float, latent: torch.Tensor, tell: Tell) -> torch.Tensor:
+        predicted = self.positive(time, latent, tell)
+        if not self.guides(float(time)):
+            tell(self.negative.pieces)
+            return predicted
+        return guide(predicted, self.negative(time, latent, tell), self.scale)
+
+
+def combined(positive: Velocity, negative: Velocity | None, options: DecodeOptions) -> Velocity:
+    """The velocity of one picture: guided as the options say.
+
+    Args:
+        negative: is not needed where ``options.guidance`` is 0.
+    """
+    return Guided(positive, negative, options.guidance, options.guides) if options.guidance else positive
 
 
 def solve(
@@ -157,8 +216,8 @@ class _Calls:
             )
         return result
 
-    def _tell(self) -> None:
-        self.told += 1
+    def _tell(self, pieces: int = 1) -> None:
+        self.told += pieces
         if self.total is None:  # nobody knows how many calls it will take, only how far it is
             self.on_step(Progress("decoding", round(100 * min(self.time, 1)), 100))
         else:
@@ -166,12 +225,14 @@ class _Calls:
 
 
 def _integrate(velocity: _Calls, noise: torch.Tensor, options: DecodeOptions) -> torch.Tensor:
-    """Solve ``dx/dt = velocity(t, x)`` from 0 to 1 with torchdiffeq."""
+    """Solve ``dx/dt = velocity(t, x)`` from 0 to 1."""
+    times = ode_times(options.steps, options.time_shift, noise.device)
+    if options.solver in MULTISTEP:
+        return integrate(velocity, noise, times.tolist(), MULTISTEP[options.solver]())
     from torchdiffeq import odeint
 
     adaptive = options.solver in ADAPTIVE_SOLVERS
     tolerance = {"options": {"dtype": torch.float32}, "rtol": 1e-3, "atol": 1e-4} if adaptive else {}
-    times = ode_times(options.steps, options.time_shift, noise.device)
     return odeint(velocity, noise, times, method=options.solver, **tolerance)[-1]
 
 

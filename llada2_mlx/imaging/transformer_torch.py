@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed
 from .attention import attention_for, score_bytes
 from .device import build, default_device, load_module, read_config, read_state_dict, read_tensors, synchronize
-from .flow import DecodeOptions, Guided, solve
+from .flow import DecodeOptions, Tell, combined, solve
 from .prior import FEATURE_UPSAMPLING, check_codebook, load_prior, prior_path, upsampled
 from .vae import LATENT_PIXELS
 
@@ -118,9 +118,8 @@ class Decoder:
         generator = torch.Generator().manual_seed(options.seed)
         sides = (side * CODE_PIXELS * options.upscale // LATENT_PIXELS for side in (grid.height, grid.width))
         noise = torch.randn(self.transformer.in_channels, 1, *sides, generator=generator).to(self.device)
-        velocity = self.velocity(condition)
-        if options.guidance:
-            velocity = Guided(velocity, self.velocity(torch.zeros_like(condition)), options.guidance)
+        negative = self.velocity(torch.zeros_like(condition)) if options.guidance else None
+        velocity = combined(self.velocity(condition), negative, options)
         return solve(velocity, noise, options, generator, on_step).to(torch.float32).squeeze(1)
 
     def velocity(self, condition: torch.Tensor) -> BranchVelocity:
@@ -167,7 +166,7 @@ class BranchVelocity:
         self.pieces = len(self._layers)
 
     @torch.no_grad()
-    def __call__(self, time: torch.Tensor | float, latent: torch.Tensor, tell: Callable[[], None]) -> torch.Tensor:
+    def __call__(self, time: torch.Tensor | float, latent: torch.Tensor, tell: Tell) -> torch.Tensor:
         device, dtype = self._condition.device, self._condition.dtype
         times = torch.as_tensor(time, dtype=torch.float32, device=device).reshape(1)
 
