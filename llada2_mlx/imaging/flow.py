@@ -154,9 +154,7 @@ class Guided:
         guides: whether there is guidance at a time; where there is none, the other is not computed.
     """
 
-    def __init__(
-        self, positive: Velocity, negative: Velocity, scale: float, guides: Callable[[float], bool] = lambda time: True
-    ):
+    def __init__(self, positive: Velocity, negative: Velocity, scale: float, guides: Callable[[float], bool]):
         self.positive, self.negative, self.scale, self.guides = positive, negative, scale, guides
         self.pieces = positive.pieces + negative.pieces
 

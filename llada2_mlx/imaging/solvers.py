@@ -52,20 +52,16 @@ class DPMSolver2M:
         self._last: tuple[float, torch.Tensor] | None = None
 
     def step(self, time: float, following: float, latent: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
-        picture = latent + (1 - time) * velocity
-        seen = picture
-        if self._last is not None and following < 1:
-            before, earlier = self._last
-            ratio = (_lambda(following) - _lambda(time)) / (_lambda(time) - _lambda(before))  # 0 after the start
-            seen = picture + ratio / 2 * (picture - earlier)
+        picture, last = latent + (1 - time) * velocity, self._last
         self._last = time, picture
-        return _towards(latent, seen, time, following)
+        return _predicted(latent, picture, last, time, following)
 
 
 class UniPC2:
     """UniPC of order 2 with B(h) = exp(h) - 1 in data prediction (Zhao et al., arXiv:2302.04867, algorithms 1 and 2).
 
-    The corrector takes the call that the next step makes anyway, and does not call again. The last step is of order 1.
+    Its predictor is the step of DPM-Solver++(2M). The corrector takes the call that the next step makes anyway, and does not
+    call again. The last step is of order 1.
     """
 
     def __init__(self) -> None:
@@ -77,13 +73,9 @@ class UniPC2:
         picture = latent + (1 - time) * velocity
         if self._last is not None:
             latent = self._corrected(time, picture)
-        seen = picture
-        if self._last is not None and following < 1:
-            ratio = (_lambda(following) - _lambda(time)) / (_lambda(time) - _lambda(self._last[0]))
-            seen = picture + ratio / 2 * (picture - self._last[1])
         self._before = self._last and self._last[:2]
         self._last = time, picture, latent
-        return _towards(latent, seen, time, following)
+        return _predicted(latent, picture, self._before, time, following)
 
     def _corrected(self, time: float, picture: torch.Tensor) -> torch.Tensor:
         """The latent at ``time``, now that it is known what is seen there."""
@@ -115,6 +107,22 @@ def _lambda(time: float) -> float:
     if time <= 0:
         return -math.inf
     return math.inf if time >= 1 else math.log(time / (1 - time))
+
+
+def _predicted(
+    latent: torch.Tensor,
+    picture: torch.Tensor,
+    last: tuple[float, torch.Tensor] | None,
+    time: float,
+    following: float,
+) -> torch.Tensor:
+    """A step of order 2 with the picture seen at ``time`` and the one of the step before, ``last``, with its time."""
+    seen = picture
+    if last is not None and following < 1:
+        before, earlier = last
+        ratio = (_lambda(following) - _lambda(time)) / (_lambda(time) - _lambda(before))  # 0 after the start
+        seen = picture + ratio / 2 * (picture - earlier)
+    return _towards(latent, seen, time, following)
 
 
 def _towards(latent: torch.Tensor, picture: torch.Tensor, time: float, following: float) -> torch.Tensor:
