@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import demonstration
@@ -11,6 +12,12 @@ from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import Checkpoint
 
 TESTS = Path(__file__).parent
+
+
+def pytest_configure() -> None:
+    """Let what the tests start be interrupted: a run in a shell's background ignores SIGINT, and so would its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -369,14 +369,18 @@ def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-m", "llada2_mlx.cli", *words], stderr=end)
     os.close(end)
     said = ""
-    while "denoising" not in said:
-        said += os.read(terminal, 4096).decode(errors="replace")
-    process.send_signal(signal.SIGINT)
-    with suppress(OSError):  # how a terminal whose other end is closed says so
-        while more := os.read(terminal, 4096):
-            said += more.decode(errors="replace")
-    os.close(terminal)
-    assert process.wait(timeout=10) == 130 and said.rstrip().endswith("llada2-mlx: stopped")
+    try:
+        while "denoising" not in said:
+            said += os.read(terminal, 4096).decode(errors="replace")
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # how a terminal whose other end is closed says so
+            while more := os.read(terminal, 4096):
+                said += more.decode(errors="replace")
+        assert process.wait(timeout=10) == 130 and said.rstrip().endswith("llada2-mlx: stopped")
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
     assert not list(tmp_path.iterdir())
 
 

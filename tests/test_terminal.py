@@ -148,18 +148,21 @@ def test_an_interrupt_ends_the_answer_and_not_the_program() -> None:
     words = [sys.executable, "-m", "llada2_mlx.cli", "chat", *SLOW]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(words, bufsize=0, **pipes) as process:
-        process.stdin.write(b"Who are you? What can you do?\n")
-        begun = b""
-        while len(begun) < 20:  # it arrives as it is written, not all at the end
-            begun += process.stdout.read(1)
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.readline()
-        while b"(stopped)" not in said:
-            assert said, "the program ended"
+        try:
+            process.stdin.write(b"Who are you? What can you do?\n")
+            begun = b""
+            while len(begun) < 20:  # it arrives as it is written, not all at the end
+                begun += process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
             said = process.stderr.readline()
-        process.stdin.write(b"/image gone.png\n/exit\n")
-        rest, err = process.communicate(timeout=60)
-        assert process.returncode == 1 and b"There is no picture gone.png" in err
+            while b"(stopped)" not in said:
+                assert said, "the program ended"
+                said = process.stderr.readline()
+            process.stdin.write(b"/image gone.png\n/exit\n")
+            rest, err = process.communicate(timeout=60)
+            assert process.returncode == 1 and b"There is no picture gone.png" in err
+        finally:
+            process.kill()  # the end of ``with`` waits for it
 
 
 def test_at_a_terminal() -> None:
