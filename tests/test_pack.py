@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -136,3 +137,31 @@ def test_every_workflow_comes_in_both_forms_with_a_thumbnail() -> None:
         # what the canvas knows as an API graph: nothing but nodes
         graph = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())
         assert all(node["class_type"] and isinstance(node["inputs"], dict) for node in graph.values())
+
+
+@cache
+def sentences(path: Path) -> list[str]:
+    """The texts in a file of code, with "…" for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+HELP = sorted((ROOT / "web" / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", HELP, ids=lambda path: path.stem)
+def test_a_help_page_shows_pictures_that_are_there_and_quotes_what_the_code_says(path: Path) -> None:
+    text = path.read_text()
+    for link in re.findall(r"^!\[[^]]+\]\(([^)]+)\)", text, re.MULTILINE):
+        assert (path.parent / link).exists(), link
+    said = [sentence for module in MODULES for sentence in sentences(module)]
+    quotes = re.findall(r'^\| "(.+?)"[^|]*\|', text, re.MULTILINE)
+    for quote in quotes:
+        pattern = re.compile(".+?".join(map(re.escape, quote.strip("… ").split("…"))))
+        assert any(pattern.search(sentence) for sentence in said), quote
+    assert "## What goes wrong" in text
