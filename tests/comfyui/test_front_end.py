@@ -1,14 +1,17 @@
-"""What the front end asks a ComfyUI server for beside the nodes: their help pages."""
+"""What the front end asks a ComfyUI server for beside the nodes: their help pages, and their words in other languages."""
 
 from __future__ import annotations
 
+import json
 import re
 import urllib.request
+from collections.abc import Iterator
 
 import pytest
 from client import PACK, ROOT, Comfy
 
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+LANGUAGES = ("zh", "ja", "de", "fr")
 
 
 def nodes_of_ours(comfy: Comfy) -> dict[str, dict]:
@@ -17,18 +20,21 @@ def nodes_of_ours(comfy: Comfy) -> dict[str, dict]:
     return {name: info for name, info in everything.items() if info["python_module"] == f"custom_nodes.{PACK}"}
 
 
-def input_names(info: dict) -> list[str]:
-    """The inputs of a node, in order, once each; those that belong to a choice are called ``choice.input``."""
-    names: list[str] = []
+def inputs_of(info: dict) -> Iterator[tuple[str, str]]:
+    """Name and tooltip of each input of a node, in order; those that belong to a choice are called ``choice.input``."""
 
-    def add(inputs: dict, before: str) -> None:
+    def each(inputs: dict, before: str) -> Iterator[tuple[str, str]]:
         for name, (kind, *options) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
-            names.append(before + name)
+            yield before + name, options[0]["tooltip"]
             for choice in options[0]["options"] if kind == DYNAMIC else ():
-                add(choice["inputs"], f"{before}{name}.")
+                yield from each(choice["inputs"], f"{before}{name}.")
 
-    add(info["input"], "")
-    return list(dict.fromkeys(names))
+    return each(info["input"], "")
+
+
+def input_names(info: dict) -> list[str]:
+    """The inputs of a node, in order, once each."""
+    return list(dict.fromkeys(name for name, _ in inputs_of(info)))
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +61,44 @@ def test_a_picture_of_a_help_page_is_served(comfy: Comfy) -> None:
         f"http://{comfy.address}/extensions/{PACK}/docs/images/drawn.jpg", timeout=30
     ) as answer:
         assert answer.headers["Content-Type"] == "image/jpeg" and answer.read(2) == b"\xff\xd8"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_word_of_the_nodes_is_there_in_another_language(
+    comfy: Comfy, nodes: dict[str, dict], language: str
+) -> None:
+    served = comfy.get("/i18n")[language]
+    folder = ROOT / "locales" / language
+    own = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert served == own.pop("main") | own, "a file is not served"
+    words = served["nodeDefs"]
+    assert set(words) == set(nodes)
+    for name, info in nodes.items():
+        # the front end asks with "_" for "."
+        assert set(words[name]["inputs"]) == {each.replace(".", "_") for each in input_names(info)}, name
+        assert set(words[name]["outputs"]) == {str(index) for index in range(len(info["output"]))}, name
+        slots = [*words[name]["inputs"].values(), *words[name]["outputs"].values()]
+        assert all(set(slot) == {"name", "tooltip"} and all(slot.values()) for slot in slots), name
+        texts = [words[name]["display_name"], words[name]["description"], *(slot["tooltip"] for slot in slots)]
+        assert not [text for text in texts if set(text) & set("@{}|")], "vue-i18n reads these as commands"
+        assert words[name]["description"] != info["description"], name
+    parts = {part for info in nodes.values() for part in info["category"].split("/")}
+    assert set(served["nodeCategories"]) == parts
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_another_language_states_the_same_numbers(nodes: dict[str, dict], language: str) -> None:
+    """A bound or a default that changes in a tooltip has to change in all of them."""
+    words = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text())
+    numbers = lambda *texts: set(re.findall(r"\d+", " ".join(texts)))
+    agree = lambda expected, found: expected <= found <= expected | {"1", "2"}  # a language may write "one" as a figure
+    for name, info in nodes.items():
+        own = words[name]
+        assert agree(numbers(info["description"]), numbers(own["description"])), name
+        said: dict[str, list[str]] = {}  # an input of the same name can belong to several choices
+        for each, tooltip in inputs_of(info):
+            said.setdefault(each.replace(".", "_"), []).append(tooltip)
+        for each, tooltips in said.items():
+            assert agree(numbers(*tooltips), numbers(own["inputs"][each]["tooltip"])), (name, each)
+        for index, tooltip in enumerate(info["output_tooltips"]):
+            assert agree(numbers(tooltip), numbers(own["outputs"][str(index)]["tooltip"])), (name, index)
