@@ -165,3 +165,35 @@ def test_a_help_page_shows_pictures_that_are_there_and_quotes_what_the_code_says
         pattern = re.compile(".+?".join(map(re.escape, quote.strip("… ").split("…"))))
         assert any(pattern.search(sentence) for sentence in said), quote
     assert "## What goes wrong" in text
+
+
+def travels() -> set[str]:
+    """The files that the registry gets: those in git, less what .comfyignore names in git's own patterns."""
+    listed = lambda *more: subprocess.run(
+        ["git", "ls-files", "--cached", *more], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    return set(listed()) - set(listed("--ignored", "--exclude-from=.comfyignore"))
+
+
+def test_what_the_registry_gets_is_all_that_runs_and_no_more() -> None:
+    files = travels()
+    developers = {path for path in files if path.startswith(("tests/", "docs/", ".")) or "training" in path}
+    assert not developers
+    for needed in ("__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        assert needed in files
+    for folder in ("nodes", "web/docs", "locales/ja", "workflows/api", "llada2_mlx/builtin/shapes/vae"):
+        assert any(path.startswith(f"{folder}/") for path in files), folder
+    assert sum((ROOT / path).stat().st_size for path in files) < 25e6
+    staying = lambda name: name.startswith("shapes.training")
+    graph = library_imports()
+    assert not [name for name, targets in graph.items() if not staying(name) and any(map(staying, targets))]
+
+
+def test_the_registrys_name_is_what_it_allows_and_what_the_workflows_say() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    name = project["project"]["name"]
+    assert re.fullmatch(r"[a-z]+(?:[-_.]?[a-z0-9]+)*", name) and "comfy" not in name and len(name) < 100
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", project["tool"]["comfy"]["requires-comfyui"])
+    for address in (*project["project"].get("urls", {}).values(), *map(project["tool"]["comfy"].get, ("Icon", "Banner"))):
+        assert address is None or address.startswith("https://")
