@@ -13,6 +13,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "llada2_mlx"
@@ -195,5 +196,20 @@ def test_the_registrys_name_is_what_it_allows_and_what_the_workflows_say() -> No
     assert re.fullmatch(r"[a-z]+(?:[-_.]?[a-z0-9]+)*", name) and "comfy" not in name and len(name) < 100
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
     assert re.fullmatch(r">=\d+\.\d+\.\d+", project["tool"]["comfy"]["requires-comfyui"])
-    for address in (*project["project"].get("urls", {}).values(), *map(project["tool"]["comfy"].get, ("Icon", "Banner"))):
+    for address in (
+        *project["project"].get("urls", {}).values(),
+        *map(project["tool"]["comfy"].get, ("Icon", "Banner")),
+    ):
         assert address is None or address.startswith("https://")
+
+
+def test_the_continuous_integration_calls_make_and_nothing_else() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert [path.stem for path in files] == ["publish", "test"]
+    for path in files:
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            commands = [step["run"] for step in job["steps"] if "run" in step]
+            assert commands and all(command.startswith("make ") for command in commands), path
+            called = {command.split()[1] for command in commands if "matrix" not in command}
+            assert called | set(job.get("strategy", {}).get("matrix", {}).get("target", ())) <= targets, path
