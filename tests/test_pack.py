@@ -161,7 +161,7 @@ def test_a_page_for_users_shows_pictures_that_are_there_and_quotes_what_the_code
     for link in re.findall(r"^!\[[^]]+\]\(([^)]+)\)", text, re.MULTILINE):
         assert (path.parent / link).exists(), link
     said = [sentence for module in MODULES for sentence in sentences(module)]
-    quotes = re.findall(r'^\| "(.+?)"[^|]*\|', text, re.MULTILINE)
+    quotes = re.findall(r'^(?:\| |- )"(.+?)"(?: \||: )', text, re.MULTILINE)
     for quote in quotes:
         pattern = re.compile(".+?".join(map(re.escape, quote.strip("… ").split("…"))))
         assert any(pattern.search(sentence) for sentence in said), quote

@@ -58,7 +58,7 @@ def test_every_node_has_a_help_page_that_names_its_inputs_and_outputs(comfy: Com
             page = answer.read().decode()
         assert page.startswith(f"# {info['display_name']}\n"), name
         inputs, outputs = page.split("\n## Outputs\n")
-        named = lambda part: re.findall(r"^\| `([^`]+)`", part, re.MULTILINE)
+        named = lambda part: re.findall(r"^- `([^`]+)`", part, re.MULTILINE)
         assert list(dict.fromkeys(named(inputs))) == input_names(info), name
         assert named(outputs.split("\n## What goes wrong\n")[0]) == info["output_name"], name
 
