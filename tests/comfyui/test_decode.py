@@ -11,7 +11,7 @@ from PIL import Image
 
 from llada2_mlx.checkpoint.codebook import origin
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
-from llada2_mlx.imaging.flow import DecodeOptions
+from llada2_mlx.imaging.flow import PRESETS, DecodeOptions, with_preset
 from llada2_mlx.imaging.pixels import to_images
 from llada2_mlx.shapes.studio import Studio
 from llada2_mlx.vq import VQGrid
@@ -75,3 +75,17 @@ def test_an_interval_that_cannot_be_is_said_before_the_codes_are_drawn(comfy: Co
     run = comfy.run(graph(guidance_start=0.6, guidance_end=0.4))
     assert "start at 0.6 and to end at 0.4" in failed(run, "2") and "1" not in run.executed
     assert "time_shift" in comfy.refused(graph(time_shift=0.5))
+
+
+def test_a_preset_wins_over_what_the_graph_says(comfy: Comfy, graph, studio: Studio) -> None:
+    expected = direct(studio, with_preset(DecodeOptions(seed=3), "fast"))
+    given = graph(preset="fast", time_shift=1.5, guidance_start=0.3, **{"decoder.solver": "midpoint"})
+    assert distance(picture(comfy, given), expected) < 1
+    (_, said) = comfy.get("/object_info/ZImageDecode")["ZImageDecode"]["input"]["optional"]["preset"]
+    assert said["default"] == "custom"
+    assert all(f"{name} {preset.network_calls}" in said["tooltip"] for name, preset in PRESETS.items())
+
+
+def test_a_preset_for_turbo_is_refused_before_the_codes_are_drawn(comfy: Comfy, graph) -> None:
+    run = comfy.run(graph(preset="fast", decoder="turbo", **{"decoder.sampler": "ODE"}))
+    assert "'fast' is of the full decoder" in failed(run, "2") and "1" not in run.executed
