@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 # the words of the command line for what the library calls so; the library itself is imported when it is needed
 SAMPLERS = {"ode": "ODE", "published": "as published"}
+PRESETS = {"custom": "custom", "published": "as published", "balanced": "balanced", "fast": "fast"}
+# what a preset decides, as it is without one; the decoder decides the steps
+WAY = {"sampler": "ode", "solver": "euler", "time_shift": 6.0, "guidance_start": 0.0, "guidance_end": 1.0}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
 PARTS = {part.word: part for part in Part}
 ALL_TASKS = [name for name, part in PARTS.items() if part is not Part.DECODER]  # the turbo decoder is the default
@@ -463,7 +466,9 @@ def _save_picture(a: argparse.Namespace, image: Image.Image, path: str, options:
     local = ("model", "image", "codes", "output")
     parameters |= {key: _name(parameters[key]) for key in local if key in parameters}
     parameters |= {"others": [_name(path) for path in parameters["others"]]} if "others" in parameters else {}
-    parameters |= {"decoder_steps": options.steps, "version": __version__, **more}
+    way = {"decoder_steps": options.steps} | {name: getattr(options, name) for name in WAY}
+    way["sampler"] = next(word for word, name in SAMPLERS.items() if name == options.sampler.value)
+    parameters |= way | {"version": __version__, **more}
     metadata = PngInfo()
     metadata.add_itxt("parameters", json.dumps(parameters, default=str, ensure_ascii=False))
     with replacing(Path(path)) as partial:
@@ -538,16 +543,28 @@ def _decoder_parts(a: argparse.Namespace) -> tuple[Part, Part]:
 
 def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGrid) -> DecodeOptions:
     """The decoder's options, after all that can be checked before the work."""
-    from .imaging.flow import DecodeOptions, Sampler
+    from .imaging.flow import DecodeOptions, Sampler, with_preset
     from .imaging.transformer_torch import check_decode
 
     _device(a)
+    if a.preset != "custom":
+        _check_preset(a)
     check_decode(checkpoint, DECODERS[a.decoder][0], a.upscale, grids)
     for grid in grids:
         require_same(grid, checkpoint)
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
-    more = {"time_shift": a.time_shift, "guidance_start": a.guidance_start, "guidance_end": a.guidance_end}
-    return DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, Sampler(SAMPLERS[a.sampler]), a.solver, **more)
+    way = {name: default if getattr(a, name) is None else getattr(a, name) for name, default in WAY.items()}
+    way["sampler"] = Sampler(SAMPLERS[way["sampler"]])
+    return with_preset(DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, **way), PRESETS[a.preset])
+
+
+def _check_preset(a: argparse.Namespace) -> None:
+    """A preset decides alone, and for the full decoder."""
+    if a.decoder != "full":
+        raise RequestError(f"--preset {a.preset} is of the full decoder. Add --decoder full, or leave the preset out.")
+    if given := [name for name in ("decoder_steps", *WAY) if getattr(a, name) is not None]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RequestError(f"--preset {a.preset} decides {flags} too. Leave out the one or the other.")
 
 
 def _sampling(a: argparse.Namespace) -> Sampling:
@@ -627,19 +644,29 @@ def _parser() -> argparse.ArgumentParser:
     decoding.add_argument("--decoder-steps", type=int, help="default: 50 full, 8 turbo")
     decoding.add_argument("--decoder-guidance", type=float, default=1.0, help="1: as published, 0: none (default: 1)")
     decoding.add_argument(
-        "--sampler", choices=SAMPLERS, default="ode", help="published: fresh noise at each step (default: ode)"
+        "--preset",
+        choices=PRESETS,
+        default="custom",
+        help="of the full decoder, in place of its steps, solver, time shift and interval of guidance; network calls with "
+        "guidance: published 98, balanced 48, fast 24. custom: what the other options say (default)",
     )
     decoding.add_argument(
-        "--solver", default="euler", help="of the ODE: ab2, dpmpp_2m, unipc_2, or torchdiffeq's (default: euler)"
+        "--sampler", choices=SAMPLERS, help=f"published: fresh noise at each step (default: {WAY['sampler']})"
     )
-    decoding.add_argument("--time-shift", type=float, default=6.0, help="of the ODE's times to the noise (default: 6)")
+    decoding.add_argument(
+        "--solver", help=f"of the ODE: ab2, dpmpp_2m, unipc_2, or torchdiffeq's (default: {WAY['solver']})"
+    )
+    decoding.add_argument(
+        "--time-shift", type=float, help=f"of the ODE's times to the noise (default: {WAY['time_shift']:g})"
+    )
     decoding.add_argument(
         "--guidance-start",
         type=float,
-        default=0.0,
-        help="the time from which the decoder is guided, 0: noise (default: 0)",
+        help=f"the time from which the decoder is guided, 0: noise (default: {WAY['guidance_start']:g})",
     )
-    decoding.add_argument("--guidance-end", type=float, default=1.0, help="and before this, 1: picture (default: 1)")
+    decoding.add_argument(
+        "--guidance-end", type=float, help=f"and before this, 1: picture (default: {WAY['guidance_end']:g})"
+    )
     decoding.add_argument(
         "--upscale", type=int, default=2, choices=(1, 2), help="size of the picture over the tokenizer's (default: 2)"
     )

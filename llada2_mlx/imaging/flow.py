@@ -6,7 +6,7 @@ Time runs from 0 (noise) to 1 (picture); the velocity is ``dx/dt``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 from typing import Protocol
@@ -110,6 +110,35 @@ class DecodeOptions:
     def guides(self, time: float) -> bool:
         """Whether there is guidance at a time."""
         return self.guidance_start <= time and (time < self.guidance_end or self.guidance_end == 1)
+
+
+CUSTOM = "custom"
+# Ways of the full decoder from noise to picture, from the most network calls to the fewest. ``python tests/benchmarks/calls.py``
+# measures them; the table is in docs/performance.md.
+PRESETS = {
+    "as published": DecodeOptions(),
+    "balanced": DecodeOptions(steps=25, solver="ab2", time_shift=1.0),
+    "fast": DecodeOptions(steps=13, solver="ab2", time_shift=1.0),
+}
+
+
+def with_preset(options: DecodeOptions, name: str) -> DecodeOptions:
+    """The options with all that a preset decides: steps, sampler, solver, time shift and the interval of guidance.
+
+    Guidance, seed and upscale stay as they are.
+
+    Args:
+        name: of ``PRESETS``, or ``CUSTOM``, which decides nothing.
+
+    Raises:
+        RequestError: there is no such preset.
+    """
+    if name == CUSTOM:
+        return options
+    if name not in PRESETS:
+        raise RequestError(f"There is no preset {name!r}; there are {', '.join((CUSTOM, *PRESETS))}.")
+    kept = ("guidance", "seed", "upscale")
+    return replace(PRESETS[name], **{field: getattr(options, field) for field in kept})
 
 
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
