@@ -15,7 +15,7 @@ from . import __version__, prompts
 from .checkpoint.codebook import doubt, require_same
 from .checkpoint.config import PRECISIONS
 from .checkpoint.hub import is_id
-from .checkpoint.layout import ABSENT, BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve, told
+from .checkpoint.layout import BUILT_IN, COMPLETE, HUB_MODEL, Checkpoint, Part, resolve
 from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
@@ -284,28 +284,15 @@ def info(a: argparse.Namespace) -> None:
     """Say what a model folder holds."""
     checkpoint = _resolve(a)
     print(f"folder: {checkpoint.root}")
-    states = {part: _state(checkpoint, part) for part in Part}
+    states = {part: checkpoint.state(part) for part in Part}
     for part, state in states.items():
         print(f"{part.value}: {state}")
-    if states[Part.BACKBONE] == "complete":
+    if states[Part.BACKBONE] == COMPLETE:
         backbone = _backbone(a, checkpoint)
         print(f"weights: {backbone.size / 1e9:.2f} GB as {backbone.precision}")
         side = checkpoint.image_sizes.drawing or DEFAULT_DRAWING
         print(f"draws: {side} x {side} pixels unless told otherwise")
         print(json.dumps(asdict(backbone.config), indent=1))
-
-
-def _state(checkpoint: Checkpoint, part: Part) -> str:
-    """How complete a part is, in a few words."""
-    try:
-        faults = checkpoint.faults(part)
-    except LLaDA2Error as error:
-        return str(error)
-    if not faults:
-        return "complete"
-    if set(faults.values()) == {ABSENT}:
-        return f"missing {', '.join(faults)}"
-    return f"incomplete: {told(faults)}"
 
 
 def demo(a: argparse.Namespace) -> None:
