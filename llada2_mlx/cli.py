@@ -51,6 +51,11 @@ RANKS = {
     "random": "random",
 }
 
+VERDICTS = {
+    True: "This machine computes what it should.",
+    False: "This machine does NOT compute what it should: see the lines that begin with an exclamation mark, and report them.",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
@@ -293,6 +298,40 @@ def info(a: argparse.Namespace) -> None:
         side = checkpoint.image_sizes.drawing or DEFAULT_DRAWING
         print(f"draws: {side} x {side} pixels unless told otherwise")
         print(json.dumps(asdict(backbone.config), indent=1))
+
+
+def doctor(a: argparse.Namespace) -> int:
+    """Say what this machine is, what is known to be wrong with its packages, and whether it computes what it should."""
+    from .checkup import doctor
+
+    found, section = [], ""
+    for line in doctor.examine([*map(Path, a.models), *doctor.beside_comfyui()], _device(a)):
+        found.append(line)
+        if a.json:
+            continue
+        if line.section != section:
+            print(f"{line.section}:")
+        section = line.section
+        print(line, flush=True)
+    said = doctor.as_json(found)
+    print(json.dumps(said, indent=1) if a.json else VERDICTS[said["ok"]])
+    return 0 if said["ok"] else 1
+
+
+def bench(a: argparse.Namespace) -> None:
+    """Measure every stage on this machine, and print figures to paste into an issue."""
+    from .checkup import bench
+
+    if a.json:
+        _writable(a.json, ".json")
+    checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
+    options, backbone = _decode_options(a, checkpoint), _backbone(a, checkpoint)
+    part, device, name = DECODERS[a.decoder][0], _device(a), _name(a.model)
+    with _Bars() as on_step:
+        figures = bench.measure(checkpoint, backbone, part, options, device, a.size, name, on_step, a.runs)
+    if a.json:
+        _write(Path(a.json), json.dumps(figures.as_json(), indent=1))
+    print(bench.to_markdown(figures))
 
 
 def demo(a: argparse.Namespace) -> None:
@@ -783,6 +822,21 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     add(info)
+    p = add(doctor, running=False)
+    p.add_argument("--device", help="where PyTorch runs: mps, cuda or cpu; the first that there is if left out")
+    p.add_argument(
+        "--models",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        help="a folder with models in it, such as ComfyUI's models/llada2; may be given several times",
+    )
+    p.add_argument("--json", action="store_true", help="print the same as JSON")
+    p = add(bench, decoding)
+    p.set_defaults(seed=0)
+    p.add_argument("--size", type=int, default=0, help="side of the picture in pixels; 0: the model's own, 512 at most")
+    p.add_argument("--runs", type=int, default=3, help="how often a stage of seconds is run (default: 3)")
+    p.add_argument("--json", metavar="FILE", help="also write the figures to this .json file")
     add(demo).add_argument("folder", nargs="?", default="demo")
     return parser
 

@@ -50,7 +50,7 @@ FLOORS = (
     {"prompts"},
     {"tasks"},
     {"chat", "story"},
-    {"shapes", "terminal"},
+    {"checkup", "shapes", "terminal"},
     {"cli"},
 )
 
