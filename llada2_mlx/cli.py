@@ -15,7 +15,7 @@ from . import __version__, prompts
 from .checkpoint.codebook import doubt, require_same
 from .checkpoint.config import PRECISIONS
 from .checkpoint.hub import is_id
-from .checkpoint.layout import ABSENT, BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve, told
+from .checkpoint.layout import BUILT_IN, COMPLETE, HUB_MODEL, Checkpoint, Part, resolve
 from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
@@ -52,6 +52,11 @@ RANKS = {
     "margin": "top-k margin",
     "entropy": "negative entropy",
     "random": "random",
+}
+
+VERDICTS = {
+    True: "This machine computes what it should.",
+    False: "This machine does NOT compute what it should: see the lines that begin with an exclamation mark, and report them.",
 }
 
 
@@ -287,10 +292,10 @@ def info(a: argparse.Namespace) -> None:
     """Say what a model folder holds."""
     checkpoint = _resolve(a)
     print(f"folder: {checkpoint.root}")
-    states = {part: _state(checkpoint, part) for part in Part}
+    states = {part: checkpoint.state(part) for part in Part}
     for part, state in states.items():
         print(f"{part.value}: {state}")
-    if states[Part.BACKBONE] == "complete":
+    if states[Part.BACKBONE] == COMPLETE:
         backbone = _backbone(a, checkpoint)
         print(f"weights: {backbone.size / 1e9:.2f} GB as {backbone.precision}")
         side = checkpoint.image_sizes.drawing or DEFAULT_DRAWING
@@ -298,17 +303,38 @@ def info(a: argparse.Namespace) -> None:
         print(json.dumps(asdict(backbone.config), indent=1))
 
 
-def _state(checkpoint: Checkpoint, part: Part) -> str:
-    """How complete a part is, in a few words."""
-    try:
-        faults = checkpoint.faults(part)
-    except LLaDA2Error as error:
-        return str(error)
-    if not faults:
-        return "complete"
-    if set(faults.values()) == {ABSENT}:
-        return f"missing {', '.join(faults)}"
-    return f"incomplete: {told(faults)}"
+def doctor(a: argparse.Namespace) -> int:
+    """Say what this machine is, what is known to be wrong with its packages, and whether it computes what it should."""
+    from .checkup import doctor
+
+    found, section = [], ""
+    for line in doctor.examine([*map(Path, a.models), *doctor.beside_comfyui()], _device(a)):
+        found.append(line)
+        if a.json:
+            continue
+        if line.section != section:
+            print(f"{line.section}:")
+        section = line.section
+        print(line, flush=True)
+    said = doctor.as_json(found)
+    print(json.dumps(said, indent=1) if a.json else VERDICTS[said["ok"]])
+    return 0 if said["ok"] else 1
+
+
+def bench(a: argparse.Namespace) -> None:
+    """Measure every stage on this machine, and print figures to paste into an issue."""
+    from .checkup import bench
+
+    if a.json:
+        _writable(a.json, ".json")
+    checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
+    options, backbone = _decode_options(a, checkpoint), _backbone(a, checkpoint)
+    part, device, name = DECODERS[a.decoder][0], _device(a), _name(a.model)
+    with _Bars() as on_step:
+        figures = bench.measure(checkpoint, backbone, part, options, device, a.size, name, on_step, a.runs)
+    if a.json:
+        _write(Path(a.json), json.dumps(figures.as_json(), indent=1))
+    print(bench.to_markdown(figures))
 
 
 def demo(a: argparse.Namespace) -> None:
@@ -823,6 +849,21 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     add(info)
+    p = add(doctor, running=False)
+    p.add_argument("--device", help="where PyTorch runs: mps, cuda or cpu; the first that there is if left out")
+    p.add_argument(
+        "--models",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        help="a folder with models in it, such as ComfyUI's models/llada2; may be given several times",
+    )
+    p.add_argument("--json", action="store_true", help="print the same as JSON")
+    p = add(bench, decoding)
+    p.set_defaults(seed=0)
+    p.add_argument("--size", type=int, default=0, help="side of the picture in pixels; 0: the model's own, 512 at most")
+    p.add_argument("--runs", type=int, default=3, help="how often a stage of seconds is run (default: 3)")
+    p.add_argument("--json", metavar="FILE", help="also write the figures to this .json file")
     add(demo).add_argument("folder", nargs="?", default="demo")
     return parser
 

@@ -52,7 +52,7 @@ FLOORS = (
     {"prompts"},
     {"tasks"},
     {"chat", "story"},
-    {"shapes", "terminal"},
+    {"checkup", "shapes", "terminal"},
     {"cli"},
 )
 

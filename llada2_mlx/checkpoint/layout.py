@@ -62,6 +62,7 @@ FILES = {
     Part.VAE: ("vae/config.json", "vae/*.safetensors"),
 }
 INDEX = "model.safetensors.index.json"
+COMPLETE = "complete"  # the state of a part that lacks nothing
 
 
 class TensorInfo(NamedTuple):
@@ -102,6 +103,18 @@ class Checkpoint:
             CheckpointError: as ``missing``.
         """
         return self._lacks(part) | self._surplus(part)
+
+    def state(self, part: Part) -> str:
+        """How complete a part is, in a few words; ``COMPLETE`` if it is."""
+        try:
+            faults = self.faults(part)
+        except CheckpointError as error:
+            return str(error)
+        if not faults:
+            return COMPLETE
+        if set(faults.values()) == {ABSENT}:
+            return f"missing {', '.join(faults)}"
+        return f"incomplete: {told(faults)}"
 
     def _lacks(self, part: Part) -> dict[str, str]:
         lacks = {}
