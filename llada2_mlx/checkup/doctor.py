@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..checkpoint import hub
 from ..checkpoint.layout import BUILT_IN, COMPLETE, HUB_MODEL, Checkpoint, Part, model_folders
-from ..errors import LLaDA2Error
+from ..errors import LLaDA2Error, RequestError
 from ..progress import amount
 from .known import doubts, doubts_of
 from .machine import Machine, installed, this_machine
@@ -57,7 +57,13 @@ def examine(models: Iterable[Path] = (), device: torch.device | None = None) -> 
     Args:
         models: folders with model folders in them, beside the built-in model and the hub's cache.
         device: where PyTorch runs; the library's choice if None.
+
+    Raises:
+        RequestError: there is no such folder.
     """
+    models = list(models)
+    if absent := [str(folder) for folder in models if not folder.is_dir()]:
+        raise RequestError(f"There is no folder {absent[0]}. Give one that has model folders in it.")
     machine, versions = this_machine(), installed()
     yield from of_machine(machine)
     yield from of_packages(machine, versions)

@@ -151,11 +151,11 @@ def _of_mlx(checkpoint: Checkpoint) -> Iterator[Check]:
     where = f"MLX, {'gpu' if mx.default_device().type == mx.DeviceType.gpu else 'cpu'}"
     record = recorded()
     codes = record["drawn"]
-    for precision, check in (("float32", in_float32), ("bf16", in_bf16)):
+    for precision, check in (("bf16", in_bf16), ("float32", in_float32)):
         backbone = Backbone(checkpoint, precision)
         yield check(where, f"language model, {precision}", typical(_hidden(backbone, codes), record["hidden"]))
-        yield of_codes(where, f"drawing, {precision}", _draw(backbone), codes)
-    backbone = Backbone(checkpoint, "float32")
+    # in bf16 candidates that nearly tie may change places, and what is drawn after them
+    yield of_codes(where, "drawing, float32", _draw(backbone), codes)
     for bits in (8, 4):
         small, exact = backbone.run(_few_bits, bits=bits, ids=_ids(backbone, codes))
         yield in_bf16(where, f"language model, {bits} bits", typical(small, exact))

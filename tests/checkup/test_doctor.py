@@ -71,6 +71,11 @@ def test_what_a_person_reads(
     assert {line["section"] for line in said["lines"]} == {"machine", "packages", "models", "parity"}
 
 
+def test_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--models", "no/such/folder"]) == 1
+    assert "There is no folder no/such/folder" in capsys.readouterr().err
+
+
 def test_a_line() -> None:
     assert (
         str(Line("packages", "torch", "2.12", State.DOUBT, ("Update.", "Really.")))
