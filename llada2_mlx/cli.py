@@ -581,6 +581,7 @@ def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGri
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
     way = {name: default if getattr(a, name) is None else getattr(a, name) for name, default in WAY.items()}
     way["sampler"] = Sampler(SAMPLERS[way["sampler"]])
+    way["cache_threshold"] = a.cache_threshold
     return with_preset(DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, **way), PRESETS[a.preset])
 
 
@@ -692,6 +693,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     decoding.add_argument(
         "--guidance-end", type=float, help=f"and before this, 1: picture (default: {WAY['guidance_end']:g})"
+    )
+    decoding.add_argument(
+        "--cache-threshold",
+        type=float,
+        default=0.0,
+        help="step cache of the decoder: up to which part the first layer may have changed for a call to take from an earlier one "
+        "what the other layers add, 0: off (default: 0)",
     )
     decoding.add_argument(
         "--upscale", type=int, default=2, choices=(1, 2), help="size of the picture over the tokenizer's (default: 2)"

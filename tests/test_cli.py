@@ -273,7 +273,7 @@ def test_to_codes_and_back(run) -> None:
         ("--decoder", "full", "--decoder-steps", "3"),
         ("--sampler", "published", "--decoder-guidance", "0"),
         ("--solver", "ab2", "--time-shift", "1", "--guidance-start", "0.2", "--guidance-end", "0.8"),
-        ("--solver", "midpoint"),
+        ("--solver", "midpoint", "--cache-threshold", "0.2"),
     ):
         assert run("decode", "codes.safetensors", *words, "-o", "back.png")[1] == "back.png: 256 x 320 pixels\n"
 
@@ -336,6 +336,7 @@ def test_what_a_model_is(run) -> None:
         (("story", "a cat", "--decoder-steps", "0"), "steps"),
         (("t2i", "a cat", "--guidance-start", "0.6", "--guidance-end", "0.2"), "start before the end"),
         (("t2i", "a cat", "--time-shift", "0.5"), "time shift"),
+        (("t2i", "a cat", "--cache-threshold", "2"), "cache threshold"),
         (("t2i", "a cat", "--preset", "fast"), "--preset fast is of the full decoder. Add --decoder full"),
         (
             ("t2i", "a cat", "--decoder", "full", "--preset", "fast", "--solver", "ab2", "--decoder-steps", "9"),

@@ -53,6 +53,7 @@ class DecodeOptions:
         time_shift: how far the ODE's time grid is moved towards the noise; 1 leaves it even.
         guidance_start, guidance_end: the times, 0 (noise) to 1 (picture), from which on and before which there is guidance;
             outside of them the negative branch does not run (Kynkaanniemi et al., arXiv:2404.07724).
+        cache_threshold: 0 to 1, of ``step_cache.StepCache``; 0 for no step cache.
 
     Raises:
         RequestError: a value is out of range.
@@ -67,6 +68,7 @@ class DecodeOptions:
     time_shift: float = 6.0
     guidance_start: float = 0.0
     guidance_end: float = 1.0
+    cache_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         least = 2 if self.sampler is Sampler.ODE else 1
@@ -85,6 +87,8 @@ class DecodeOptions:
                 f"Guidance is to start at {self.guidance_start} and to end at {self.guidance_end}; both have to be from 0 (noise) "
                 "to 1 (picture), and the start before the end. Set guidance to 0 for none."
             )
+        if not 0 <= self.cache_threshold <= 1:
+            raise RequestError(f"The cache threshold is {self.cache_threshold}; it has to be from 0 (off) to 1.")
         if not 0 <= self.seed < 2**64:
             raise RequestError(f"The seed is {self.seed}; it has to be from 0 to {2**64 - 1}.")
 
@@ -97,7 +101,7 @@ class DecodeOptions:
 
     @property
     def network_calls(self) -> int | None:
-        """How often the network runs in both branches; None as for ``calls``."""
+        """How often the network runs in both branches, a step cache aside; None as for ``calls``."""
         if self.calls is None or not self.guidance:
             return self.calls
         if self.sampler is Sampler.RENOISE:
@@ -125,7 +129,7 @@ PRESETS = {
 def with_preset(options: DecodeOptions, name: str) -> DecodeOptions:
     """The options with all that a preset decides: steps, sampler, solver, time shift and the interval of guidance.
 
-    Guidance, seed and upscale stay as they are.
+    Guidance, seed, upscale and the step cache stay as they are.
 
     Args:
         name: of ``PRESETS``, or ``CUSTOM``, which decides nothing.
@@ -137,7 +141,7 @@ def with_preset(options: DecodeOptions, name: str) -> DecodeOptions:
         return options
     if name not in PRESETS:
         raise RequestError(f"There is no preset {name!r}; there are {', '.join((CUSTOM, *PRESETS))}.")
-    kept = ("guidance", "seed", "upscale")
+    kept = ("guidance", "seed", "upscale", "cache_threshold")
     return replace(PRESETS[name], **{field: getattr(options, field) for field in kept})
 
 

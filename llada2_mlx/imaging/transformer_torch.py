@@ -18,6 +18,7 @@ from .attention import attention_for, score_bytes
 from .device import build, default_device, load_module, read_config, read_state_dict, read_tensors, synchronize
 from .flow import DecodeOptions, Tell, combined, solve
 from .prior import FEATURE_UPSAMPLING, check_codebook, load_prior, prior_path, upsampled
+from .step_cache import StepCache
 from .vae import LATENT_PIXELS
 
 CODE_PIXELS = 16
@@ -64,6 +65,7 @@ class Decoder:
         tensors = read_tensors(path, self.device, on_step=on_step)
         own = {name.replace("semantic_embedder", "cap_embedder"): tensor for name, tensor in tensors.items()}
         self.transformer = load_module(transformer, own, path)
+        self.skipped_calls = 0  # how many network calls of the last ``sample`` were the step cache's
         self._context = _ContextRefiner(self.transformer.context_refiner)
         self.transformer.context_refiner = nn.ModuleList([self._context])
 
@@ -102,7 +104,7 @@ class Decoder:
             LLaDA2Error: the prior or the network gave values that are not finite.
         """
         conditions = [self.features(grid) for grid in grids]
-        latents = []
+        latents, self.skipped_calls = [], 0
         for index, (grid, condition) in enumerate(zip(grids, conditions, strict=True)):
 
             def step(progress: Progress, index: int = index) -> None:
@@ -118,13 +120,16 @@ class Decoder:
         generator = torch.Generator().manual_seed(options.seed)
         sides = (side * CODE_PIXELS * options.upscale // LATENT_PIXELS for side in (grid.height, grid.width))
         noise = torch.randn(self.transformer.in_channels, 1, *sides, generator=generator).to(self.device)
-        negative = self.velocity(torch.zeros_like(condition)) if options.guidance else None
-        velocity = combined(self.velocity(condition), negative, options)
-        return solve(velocity, noise, options, generator, on_step).to(torch.float32).squeeze(1)
+        caches = [StepCache(options.cache_threshold) if options.cache_threshold else None for _ in range(2)]
+        negative = self.velocity(torch.zeros_like(condition), caches[1]) if options.guidance else None
+        velocity = combined(self.velocity(condition, caches[0]), negative, options)
+        latent = solve(velocity, noise, options, generator, on_step).to(torch.float32).squeeze(1)
+        self.skipped_calls += sum(cache.skipped for cache in caches if cache)
+        return latent
 
-    def velocity(self, condition: torch.Tensor) -> BranchVelocity:
+    def velocity(self, condition: torch.Tensor, cache: StepCache | None = None) -> BranchVelocity:
         """The velocity under a condition, features [tokens, features], for ``flow.solve``."""
-        return BranchVelocity(self.transformer, self._context, condition.to(self.transformer.dtype))
+        return BranchVelocity(self.transformer, self._context, condition.to(self.transformer.dtype), cache)
 
     @staticmethod
     def working_bytes(
@@ -135,7 +140,8 @@ class Decoder:
         Fitted to what ``python -m benchmarks.memory`` (in ``tests/``) counts at the published width for pictures of 512 to
         2048 pixels: the live tensors of whole calls, without what a kernel takes for itself. The most is within a layer, in
         its feed-forward part (15.7 values a token and unit of width at most), or in its attention (6.8) where that writes
-        scores out. Kept all the while are the features of all pictures, those of the other branch, and both refined.
+        scores out. Kept all the while are the features of all pictures, those of the other branch, and both refined, and what
+        a step cache remembers.
 
         Raises:
             CheckpointError: the weights are missing or damaged, or of another network.
@@ -150,6 +156,8 @@ class Decoder:
         layer = tokens * width * size
         scores = score_bytes(device, width // head, tokens, head, size)
         kept = condition * size * ((len(grids) + branches - 1) * features + branches * width)
+        if options.cache_threshold:
+            kept += (2 * branches + 1) * layer  # what the first layer and the others added, and what they add to
         return max(FEED_FORWARD_UNITS * layer, ATTENTION_UNITS * layer + scores if scores else 0) + kept
 
 
@@ -157,12 +165,22 @@ class BranchVelocity:
     """diffusers' transformer under one condition: ``(time, latent) -> velocity``, see ``flow.Velocity``.
 
     The context refiner sees neither time nor latent, so what it gives is computed in the first call and kept.
+
+    Args:
+        cache: of the main layers but the first; the last layer, which sees the time too, runs in every call.
     """
 
-    def __init__(self, transformer: nn.Module, context: _ContextRefiner, condition: torch.Tensor):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        context: _ContextRefiner,
+        condition: torch.Tensor,
+        cache: StepCache | None = None,
+    ):
         self._transformer, self._refiner, self._condition = transformer, context, condition
         self._refined: torch.Tensor | None = None
         self._layers = [*transformer.noise_refiner, *transformer.layers]
+        self._cached = _CachedLayers(transformer.layers, cache) if cache and len(transformer.layers) > 1 else None
         self.pieces = len(self._layers)
 
     @torch.no_grad()
@@ -178,11 +196,37 @@ class BranchVelocity:
             stack.enter_context(attention_for(device))
             for layer in self._layers:
                 stack.callback(layer.register_forward_hook(told).remove)
+            if self._cached:
+                stack.callback(setattr, self._transformer, "layers", self._transformer.layers)
+                self._transformer.layers, self._cached.tell = nn.ModuleList([self._cached]), tell
             self._refiner.output = self._refined
             stack.callback(setattr, self._refiner, "output", None)
             predicted = self._transformer([latent.to(dtype)], times, [self._condition], return_dict=False)[0][0]
             self._refined = self._refiner.output
         return predicted.to(torch.float32)
+
+
+class _CachedLayers(nn.Module):
+    """Main layers as one, behind a step cache; tells of those that it saves."""
+
+    def __init__(self, layers: nn.ModuleList, cache: StepCache):
+        super().__init__()
+        self.layers, self.cache = layers, cache
+        self.tell: Tell = lambda pieces=1: None
+
+    def forward(self, features: torch.Tensor, *where: torch.Tensor | None) -> torch.Tensor:
+        first, *others = self.layers
+
+        def rest(features: torch.Tensor) -> torch.Tensor:
+            for layer in others:
+                features = layer(features, *where)
+            return features
+
+        skipped = self.cache.skipped
+        result = self.cache(features, first(features, *where), rest)
+        if self.cache.skipped > skipped:
+            self.tell(len(others))
+        return result
 
 
 class _ContextRefiner(nn.Module):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from zlib import crc32
 
 import numpy as np
 import pytest
-from client import Comfy, failed, ran
+from client import Comfy, failed, ran, told
 from PIL import Image
 
 from llada2_mlx.checkpoint.codebook import origin
@@ -89,3 +90,19 @@ def test_a_preset_wins_over_what_the_graph_says(comfy: Comfy, graph, studio: Stu
 def test_a_preset_for_turbo_is_refused_before_the_codes_are_drawn(comfy: Comfy, graph) -> None:
     run = comfy.run(graph(preset="fast", decoder="turbo", **{"decoder.sampler": "ODE"}))
     assert "'fast' is of the full decoder" in failed(run, "2") and "1" not in run.executed
+
+
+def test_the_step_cache_is_the_graphs_and_says_what_it_saved(comfy: Comfy, graph, studio: Studio) -> None:
+    options = DecodeOptions(12, seed=3, cache_threshold=0.2)
+    expected, steps = direct(studio, options), {"decoder.steps": 12}
+    run = ran(comfy.run(graph(cache_threshold=0.2, **steps)))
+    (path,) = comfy.images(run)
+    shown = np.asarray(Image.open(path).convert("RGB"), dtype=int)
+    saved, total = map(
+        int, re.fullmatch(r"The step cache saved (\d+) of (\d+) network calls\.", told(run, "2")).groups()
+    )
+    assert total == options.network_calls == 22 and abs(saved - studio.decoder.skipped_calls) <= 2 and saved > 0
+    plain = ran(comfy.run(graph(**steps)))
+    assert not any("step cache" in text for _, text in plain.texts)
+    (path,) = comfy.images(plain)
+    assert distance(shown, expected) < distance(shown, np.asarray(Image.open(path).convert("RGB"), dtype=int))
