@@ -1,14 +1,21 @@
-"""What the front end asks a ComfyUI server for beside the nodes: their help pages, and their words in other languages."""
+"""What others ask a ComfyUI server for beside the nodes: their help pages, their words in other languages, runs from a program."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from client import PACK, ROOT, Comfy
+from PIL import Image
+
+from llada2_mlx.shapes.detector import read
+from llada2_mlx.shapes.world import Colour, Kind, Place
 
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 LANGUAGES = ("zh", "ja", "de", "fr")
@@ -102,3 +109,21 @@ def test_another_language_states_the_same_numbers(nodes: dict[str, dict], langua
             assert agree(numbers(*tooltips), numbers(own["inputs"][each]["tooltip"])), (name, each)
         for index, tooltip in enumerate(info["output_tooltips"]):
             assert agree(numbers(tooltip), numbers(own["outputs"][str(index)]["tooltip"])), (name, index)
+
+
+def test_the_program_in_the_documentation_draws_a_picture(comfy: Comfy, tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+    assert 'SERVER = "127.0.0.1:8188"' in program
+    (tmp_path / "workflows").symlink_to(ROOT / "workflows")
+    run = subprocess.run(
+        [sys.executable, "-c", program.replace("127.0.0.1:8188", comfy.address)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "LLaDA2TextToVQ: " in run.stdout and "ZImageDecode: " in run.stdout
+    with Image.open(tmp_path / run.stdout.splitlines()[-1]) as image:
+        found = read(image)
+    assert found is not None and found.layout() == {(Kind.TRIANGLE, Colour.GREEN, Place.BOTTOM_LEFT)}
