@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ..checkpoint.layout import Checkpoint, Part, TensorInfo, safetensors_header
-from ..errors import CheckpointError, LLaDA2Error
+from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed
 from .attention import attention_for, score_bytes
-from .device import build, default_device, load_module, read_config, read_state_dict, read_tensors, synchronize
+from .device import build, default_device, load_module, read_config, read_tensors, synchronize
 from .flow import DecodeOptions, Tell, combined, solve
-from .prior import FEATURE_UPSAMPLING, check_codebook, load_prior, prior_path, upsampled
+from .prior import FEATURE_UPSAMPLING, check_conditioning, conditioning, load_prior
 from .vae import LATENT_PIXELS
 
 CODE_PIXELS = 16
@@ -49,7 +49,7 @@ class Decoder:
         from diffusers import ZImageTransformer2DModel
 
         checkpoint.require(part)
-        folder = _folder(part)
+        folder = decoder_folder(part)
         self.device, self.name = device or default_device(), checkpoint.root.name
         self.prior = load_prior(checkpoint, self.device)
         path = checkpoint.only_safetensors(folder)
@@ -72,22 +72,9 @@ class Decoder:
         """How many codes the prior knows."""
         return self.prior.prior_token_embedding.num_embeddings
 
-    @torch.no_grad()
     def features(self, grid: VQGrid) -> torch.Tensor:
-        """Conditioning features [4 height width, features] of a grid, row by row of the upsampled grid.
-
-        Raises:
-            RequestError: the grid is of a model with another codebook.
-        """
-        check_codebook(grid, self.codebook_size, self.name)
-        codes = torch.from_numpy(grid.codes.astype("int64")).to(self.device)
-        features = self.prior(upsampled(codes)).flatten(0, 1)
-        if not torch.isfinite(features).all():
-            raise LLaDA2Error(
-                "The SigVQ prior gave values that are not finite (NaN or infinity), so there is no picture. Download "
-                "image_tokenizer/sigvq_embedding.pt again."
-            )
-        return features
+        """Conditioning features of a grid, see ``prior.conditioning``."""
+        return conditioning(self.prior, grid, self.name)
 
     def sample(self, grids: Sequence[VQGrid], options: DecodeOptions, on_step: OnStep = ignore) -> torch.Tensor:
         """Denoise pictures of one size, one after the other: latents [batch, 16, height, width] float32.
@@ -116,7 +103,7 @@ class Decoder:
     @torch.no_grad()
     def _sample(self, grid: VQGrid, condition: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:
         generator = torch.Generator().manual_seed(options.seed)
-        sides = (side * CODE_PIXELS * options.upscale // LATENT_PIXELS for side in (grid.height, grid.width))
+        sides = latent_sides(grid, options.upscale)
         noise = torch.randn(self.transformer.in_channels, 1, *sides, generator=generator).to(self.device)
         negative = self.velocity(torch.zeros_like(condition)) if options.guidance else None
         velocity = combined(self.velocity(condition), negative, options)
@@ -140,7 +127,7 @@ class Decoder:
         Raises:
             CheckpointError: the weights are missing or damaged, or of another network.
         """
-        path = checkpoint.only_safetensors(_folder(part))
+        path = checkpoint.only_safetensors(decoder_folder(part))
         embedder, norm = _tensors(path, EMBEDDER, "layers.0.attention.norm_q.weight")
         head = norm.shape[0]
         (width, features), size = embedder.shape, 4 if embedder.dtype == "F32" else 2
@@ -201,7 +188,14 @@ class _ContextRefiner(nn.Module):
         return self.output
 
 
-def _folder(part: Part) -> str:
+def latent_sides(grid: VQGrid, upscale: int) -> tuple[int, int]:
+    """Height and width of the latent that a grid is decoded to."""
+    pixels = CODE_PIXELS * upscale
+    return grid.height * pixels // LATENT_PIXELS, grid.width * pixels // LATENT_PIXELS
+
+
+def decoder_folder(part: Part) -> str:
+    """The sub-folder of a checkpoint that a decoder's part is in."""
     return "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
 
 
@@ -223,9 +217,4 @@ def check_decode(checkpoint: Checkpoint, part: Part, upscale: int, grids: Sequen
         CheckpointError: the decoder or the VAE is missing or damaged.
     """
     checkpoint.require(part, Part.VAE)
-    checkpoint.image_sizes.require_upscale(upscale)
-    if not grids:
-        return
-    codes = read_state_dict(prior_path(checkpoint)).get("prior_token_embedding.weight", torch.empty(0)).shape[0]
-    for grid in grids:
-        check_codebook(grid, codes, checkpoint.root.name)
+    check_conditioning(checkpoint, upscale, grids)

@@ -28,6 +28,8 @@ NODES = [
     "LLaDA2Grow",
     "LLaDA2Sprint",
     "ZImageDecode",
+    "LLaDA2LoadZImageDecoder",
+    "LLaDA2VQToConditioning",
 ]
 # what the shipped prompts ask for, as the detector reads it
 STAR = (Kind.STAR, Colour.BLUE, Place.BOTTOM_RIGHT)
@@ -71,7 +73,7 @@ def test_defaults_are_the_models_own(comfy: Comfy) -> None:
 
 
 def test_the_models_that_are_offered(comfy: Comfy) -> None:
-    for node in ("LoadLLaDA2Backbone", "SigLIPVQEncode", "ZImageDecode"):
+    for node in ("LoadLLaDA2Backbone", "SigLIPVQEncode", "ZImageDecode", "LLaDA2LoadZImageDecoder"):
         options = comfy.get(f"/object_info/{node}")[node]["input"]["required"]["model"][1]["options"]
         assert [option for option in options if not option.endswith("own")] == [
             "Shapes (built in)",
@@ -100,7 +102,7 @@ def test_a_shipped_workflow_runs_to_its_end(comfy: Comfy, name: str) -> None:
             image.load()
             assert image.width >= 256
             found = read(image)
-        edited = name == "edit_a_picture" and "after" in path.name
+        edited = name in ("edit_a_picture", "refine_a_photo") and "after" in path.name
         allowed = [EDITED] if edited else [DRAWN, SECOND] if name == "ask_about_two_pictures" else [DRAWN]
         assert found is not None and found.layout() in allowed, path.name
     if name == "ask_about_a_picture":
