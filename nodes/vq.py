@@ -225,7 +225,8 @@ class ZImageDecode(io.ComfyNode):
         on_step = host.progress()
         decoder, vae = host.image_part(model, part), host.image_part(model, Part.VAE)
         working = Decoder.working_bytes(checkpoint, part, vq, options, decoder.load_device)
-        latents = decoder.get(on_step, working).sample(vq, options, on_step)
+        show = host.appearing_latent(checkpoint, on_step)
+        latents = decoder.get(on_step, working).sample(vq, options, on_step, show)
         working = VAE.working_bytes(checkpoint, latents, vae.load_device)
         return io.NodeOutput(vae.get(on_step, working).decode(latents, on_step))
 

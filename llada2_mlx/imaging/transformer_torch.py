@@ -16,7 +16,7 @@ from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed
 from .attention import attention_for, score_bytes
 from .device import build, default_device, load_module, read_config, read_tensors, synchronize
-from .flow import DecodeOptions, Tell, combined, solve
+from .flow import DecodeOptions, OnLatent, Tell, combined, solve
 from .prior import FEATURE_UPSAMPLING, check_conditioning, conditioning, load_prior
 from .vae import LATENT_PIXELS
 
@@ -76,13 +76,20 @@ class Decoder:
         """Conditioning features of a grid, see ``prior.conditioning``."""
         return conditioning(self.prior, grid, self.name)
 
-    def sample(self, grids: Sequence[VQGrid], options: DecodeOptions, on_step: OnStep = ignore) -> torch.Tensor:
+    def sample(
+        self,
+        grids: Sequence[VQGrid],
+        options: DecodeOptions,
+        on_step: OnStep = ignore,
+        on_latent: OnLatent | None = None,
+    ) -> torch.Tensor:
         """Denoise pictures of one size, one after the other: latents [batch, 16, height, width] float32.
 
         Picture ``i`` has the noise of ``seed + i``, and is what it would be alone.
 
         Args:
             on_step: called after each layer of each network call; what it raises ends the work.
+            on_latent: handed after each network call what is seen of the picture so far, [16, 1, height, width].
 
         Raises:
             RequestError: a grid is of a model with another codebook.
@@ -96,18 +103,25 @@ class Decoder:
                 on_step(Progress(progress.phase, index * progress.total + progress.done, len(grids) * progress.total))
 
             latents.append(
-                self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step)
+                self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step, on_latent)
             )
         return torch.stack(latents)
 
     @torch.no_grad()
-    def _sample(self, grid: VQGrid, condition: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:
+    def _sample(
+        self,
+        grid: VQGrid,
+        condition: torch.Tensor,
+        options: DecodeOptions,
+        on_step: OnStep,
+        on_latent: OnLatent | None,
+    ) -> torch.Tensor:
         generator = torch.Generator().manual_seed(options.seed)
         sides = latent_sides(grid, options.upscale)
         noise = torch.randn(self.transformer.in_channels, 1, *sides, generator=generator).to(self.device)
         negative = self.velocity(torch.zeros_like(condition)) if options.guidance else None
         velocity = combined(self.velocity(condition), negative, options)
-        return solve(velocity, noise, options, generator, on_step).to(torch.float32).squeeze(1)
+        return solve(velocity, noise, options, generator, on_step, on_latent).to(torch.float32).squeeze(1)
 
     def velocity(self, condition: torch.Tensor) -> BranchVelocity:
         """The velocity under a condition, features [tokens, features], for ``flow.solve``."""

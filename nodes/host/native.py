@@ -19,6 +19,7 @@ from ...llada2_mlx.checkpoint.layout import Checkpoint, Part
 from ...llada2_mlx.errors import CheckpointError
 from ...llada2_mlx.imaging.flow import guide
 from .folders import checkpoint
+from .preview import is_flux_build, latent_colours
 from .progress import progress
 
 if TYPE_CHECKING:
@@ -126,15 +127,6 @@ def renamed(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[st
     return own
 
 
-def is_flux_build(config: Any) -> bool:
-    """Whether a VAE is built as FLUX's is, the only one that ComfyUI's class can hold."""
-    return (
-        list(config.block_out_channels) == [128, 256, 512, 512]
-        and (config.layers_per_block, config.norm_num_groups) == (2, 32)
-        and config.mid_block_add_attention
-    )
-
-
 class OtherVAE(comfy.sd.VAE):
     """ComfyUI's VAE around a network that its own class cannot hold, because it normalises in other groups.
 
@@ -235,9 +227,10 @@ def _as_published(model: torch.nn.Module, found: Checkpoint) -> None:
 
     model.model_sampling.set_parameters(shift=SHIFT, multiplier=1.0)
     config, form = read_config(found, "vae"), model.latent_format
-    if (config["scaling_factor"], config["shift_factor"]) != (form.scale_factor, form.shift_factor):
-        form.scale_factor, form.shift_factor = config["scaling_factor"], config["shift_factor"]
-        form.latent_rgb_factors = form.latent_rgb_factors_bias = form.taesd_decoder_name = None  # FLUX's colours
+    form.scale_factor, form.shift_factor = config["scaling_factor"], config["shift_factor"]
+    if not is_flux_build(config):
+        form.latent_rgb_factors, form.latent_rgb_factors_bias = latent_colours(found)
+        form.taesd_decoder_name = None
     # to ComfyUI a prompt is short; this one is as long as the picture, and counts as so many latents more
     shapes = model.extra_conds_shapes
 
