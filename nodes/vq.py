@@ -12,10 +12,18 @@ from ..llada2_mlx.imaging.transformer_torch import Decoder, check_decode
 from ..llada2_mlx.imaging.vae import VAE
 from ..llada2_mlx.vq import GridSet
 from . import host
-from .sockets import MOST_JOINED, BackboneSocket, VQSetSocket, VQSocket, model_input, seed_input
+from .sockets import (
+    DECODERS,
+    MOST_JOINED,
+    BackboneSocket,
+    VQSetSocket,
+    VQSocket,
+    model_input,
+    seed_input,
+    upscale_input,
+)
 
 _PURPOSES = [purpose.value for purpose in Purpose]
-_PARTS = {"full": Part.DECODER, "turbo": Part.DECODER_TURBO}
 
 
 class SigLIPVQEncode(io.ComfyNode):
@@ -178,13 +186,7 @@ class ZImageDecode(io.ComfyNode):
                 seed_input(
                     "Of the decoder's noise. One seed gives one picture on every machine; in a batch, picture i uses seed + i."
                 ),
-                io.Int.Input(
-                    "upscale",
-                    default=2,
-                    min=1,
-                    max=2,
-                    tooltip="2: twice the size that the tokenizer sees (32 pixels per code). 1: its size.",
-                ),
+                upscale_input(),
                 *_path_inputs(),
             ],
             outputs=[io.Image.Output("image", tooltip="The pictures.")],
@@ -230,7 +232,8 @@ class ZImageDecode(io.ComfyNode):
         on_step = host.progress()
         decoder, vae = host.image_part(model, part), host.image_part(model, Part.VAE)
         working = Decoder.working_bytes(checkpoint, part, vq, options, decoder.load_device)
-        latents = (network := decoder.get(on_step, working)).sample(vq, options, on_step)
+        show = host.appearing_latent(checkpoint, on_step)
+        latents = (network := decoder.get(on_step, working)).sample(vq, options, on_step, show)
         if network.skipped_calls:
             of = f" of {options.network_calls * len(vq)}" if options.network_calls else ""
             host.tell(f"The step cache saved {network.skipped_calls}{of} network calls.")
@@ -312,6 +315,6 @@ def _check_preset(preset: str, part: Part) -> None:
 def _part(decoder: dict) -> Part:
     """The part behind the choice of a decoder, which comes with the inputs of its own."""
     key = decoder.get("decoder")
-    if key not in _PARTS:
-        raise RequestError(f"The decoder has to be {' or '.join(_PARTS)}, with the inputs that belong to it.")
-    return _PARTS[key]
+    if key not in DECODERS:
+        raise RequestError(f"The decoder has to be {' or '.join(DECODERS)}, with the inputs that belong to it.")
+    return DECODERS[key]

@@ -37,6 +37,7 @@ class Part(Enum):
     IMAGE_TOKENIZER = "image tokenizer"
     DECODER = "decoder"
     DECODER_TURBO = "turbo decoder"
+    PRIOR = "SigVQ prior"  # which both decoders have among their files
     VAE = "VAE"
 
     @property
@@ -59,6 +60,7 @@ FILES = {
         "decoder-turbo/*.safetensors",
         "image_tokenizer/sigvq_embedding.pt",
     ),
+    Part.PRIOR: ("image_tokenizer/sigvq_embedding.pt",),
     Part.VAE: ("vae/config.json", "vae/*.safetensors"),
 }
 INDEX = "model.safetensors.index.json"

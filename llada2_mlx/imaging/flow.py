@@ -161,6 +161,10 @@ def ode_times(steps: int, shift: float, device: torch.device) -> torch.Tensor:
     return shifted(torch.linspace(0, 1, steps, device=device), shift)
 
 
+# Is handed the latent that a network call sees at the end of the way, float32 in the latent's shape. What it raises ends the work.
+OnLatent = Callable[[torch.Tensor], None]
+
+
 class Tell(Protocol):
     """Is told how many more pieces of a call are done."""
 
@@ -209,7 +213,12 @@ def combined(positive: Velocity, negative: Velocity | None, options: DecodeOptio
 
 
 def solve(
-    velocity: Velocity, noise: torch.Tensor, options: DecodeOptions, generator: torch.Generator, on_step: OnStep
+    velocity: Velocity,
+    noise: torch.Tensor,
+    options: DecodeOptions,
+    generator: torch.Generator,
+    on_step: OnStep,
+    on_latent: OnLatent | None = None,
 ) -> torch.Tensor:
     """From noise to a latent, the way that ``options`` say.
 
@@ -217,11 +226,12 @@ def solve(
         noise: the start, float32 [channels, 1, height, width].
         generator: has drawn ``noise``, and draws what the sampler needs more.
         on_step: called several times in a network call; what it raises ends the work.
+        on_latent: handed after each call what is seen of the picture.
 
     Raises:
         LLaDA2Error: the velocity is not finite.
     """
-    calls = _Calls(velocity, options, on_step)
+    calls = _Calls(velocity, options, on_step, on_latent)
     if options.sampler is Sampler.ODE:
         return _integrate(calls, noise, options)
     return _renoise(calls, noise, options.steps, generator)
@@ -230,8 +240,8 @@ def solve(
 class _Calls:
     """A velocity whose calls are counted, told and checked."""
 
-    def __init__(self, velocity: Velocity, options: DecodeOptions, on_step: OnStep):
-        self.velocity, self.on_step = velocity, on_step
+    def __init__(self, velocity: Velocity, options: DecodeOptions, on_step: OnStep, on_latent: OnLatent | None = None):
+        self.velocity, self.on_step, self.on_latent = velocity, on_step, on_latent
         self.calls, self.told, self.time = 0, 0, 0.0
         self.total = options.calls * velocity.pieces if options.calls else None
 
@@ -245,6 +255,8 @@ class _Calls:
                 "picture. Try the other decoder or a smaller picture; on a Mac, PyTorch 2.13 or later. If it stays, download "
                 "the decoder again."
             )
+        if self.on_latent is not None:
+            self.on_latent(latent.to(torch.float32) + (1 - self.time) * result)
         return result
 
     def _tell(self, pieces: int = 1) -> None:

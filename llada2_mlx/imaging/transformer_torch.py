@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ..checkpoint.layout import Checkpoint, Part, TensorInfo, safetensors_header
-from ..errors import CheckpointError, LLaDA2Error
+from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed
 from .attention import attention_for, score_bytes
-from .device import build, default_device, load_module, read_config, read_state_dict, read_tensors, synchronize
-from .flow import DecodeOptions, Tell, combined, solve
-from .prior import FEATURE_UPSAMPLING, check_codebook, load_prior, prior_path, upsampled
+from .device import build, default_device, load_module, read_config, read_tensors, synchronize
+from .flow import DecodeOptions, OnLatent, Tell, combined, solve
+from .prior import FEATURE_UPSAMPLING, check_conditioning, conditioning, load_prior
 from .step_cache import StepCache
 from .vae import LATENT_PIXELS
 
@@ -50,7 +50,7 @@ class Decoder:
         from diffusers import ZImageTransformer2DModel
 
         checkpoint.require(part)
-        folder = _folder(part)
+        folder = decoder_folder(part)
         self.device, self.name = device or default_device(), checkpoint.root.name
         self.prior = load_prior(checkpoint, self.device)
         path = checkpoint.only_safetensors(folder)
@@ -74,30 +74,24 @@ class Decoder:
         """How many codes the prior knows."""
         return self.prior.prior_token_embedding.num_embeddings
 
-    @torch.no_grad()
     def features(self, grid: VQGrid) -> torch.Tensor:
-        """Conditioning features [4 height width, features] of a grid, row by row of the upsampled grid.
+        """Conditioning features of a grid, see ``prior.conditioning``."""
+        return conditioning(self.prior, grid, self.name)
 
-        Raises:
-            RequestError: the grid is of a model with another codebook.
-        """
-        check_codebook(grid, self.codebook_size, self.name)
-        codes = torch.from_numpy(grid.codes.astype("int64")).to(self.device)
-        features = self.prior(upsampled(codes)).flatten(0, 1)
-        if not torch.isfinite(features).all():
-            raise LLaDA2Error(
-                "The SigVQ prior gave values that are not finite (NaN or infinity), so there is no picture. Download "
-                "image_tokenizer/sigvq_embedding.pt again."
-            )
-        return features
-
-    def sample(self, grids: Sequence[VQGrid], options: DecodeOptions, on_step: OnStep = ignore) -> torch.Tensor:
+    def sample(
+        self,
+        grids: Sequence[VQGrid],
+        options: DecodeOptions,
+        on_step: OnStep = ignore,
+        on_latent: OnLatent | None = None,
+    ) -> torch.Tensor:
         """Denoise pictures of one size, one after the other: latents [batch, 16, height, width] float32.
 
         Picture ``i`` has the noise of ``seed + i``, and is what it would be alone.
 
         Args:
             on_step: called after each layer of each network call; what it raises ends the work.
+            on_latent: handed after each network call what is seen of the picture so far, [16, 1, height, width].
 
         Raises:
             RequestError: a grid is of a model with another codebook.
@@ -111,19 +105,26 @@ class Decoder:
                 on_step(Progress(progress.phase, index * progress.total + progress.done, len(grids) * progress.total))
 
             latents.append(
-                self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step)
+                self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step, on_latent)
             )
         return torch.stack(latents)
 
     @torch.no_grad()
-    def _sample(self, grid: VQGrid, condition: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:
+    def _sample(
+        self,
+        grid: VQGrid,
+        condition: torch.Tensor,
+        options: DecodeOptions,
+        on_step: OnStep,
+        on_latent: OnLatent | None,
+    ) -> torch.Tensor:
         generator = torch.Generator().manual_seed(options.seed)
-        sides = (side * CODE_PIXELS * options.upscale // LATENT_PIXELS for side in (grid.height, grid.width))
+        sides = latent_sides(grid, options.upscale)
         noise = torch.randn(self.transformer.in_channels, 1, *sides, generator=generator).to(self.device)
         caches = [StepCache(options.cache_threshold) if options.cache_threshold else None for _ in range(2)]
         negative = self.velocity(torch.zeros_like(condition), caches[1]) if options.guidance else None
         velocity = combined(self.velocity(condition, caches[0]), negative, options)
-        latent = solve(velocity, noise, options, generator, on_step).to(torch.float32).squeeze(1)
+        latent = solve(velocity, noise, options, generator, on_step, on_latent).to(torch.float32).squeeze(1)
         self.skipped_calls += sum(cache.skipped for cache in caches if cache)
         return latent
 
@@ -146,7 +147,7 @@ class Decoder:
         Raises:
             CheckpointError: the weights are missing or damaged, or of another network.
         """
-        path = checkpoint.only_safetensors(_folder(part))
+        path = checkpoint.only_safetensors(decoder_folder(part))
         embedder, norm = _tensors(path, EMBEDDER, "layers.0.attention.norm_q.weight")
         head = norm.shape[0]
         (width, features), size = embedder.shape, 4 if embedder.dtype == "F32" else 2
@@ -245,7 +246,14 @@ class _ContextRefiner(nn.Module):
         return self.output
 
 
-def _folder(part: Part) -> str:
+def latent_sides(grid: VQGrid, upscale: int) -> tuple[int, int]:
+    """Height and width of the latent that a grid is decoded to."""
+    pixels = CODE_PIXELS * upscale
+    return grid.height * pixels // LATENT_PIXELS, grid.width * pixels // LATENT_PIXELS
+
+
+def decoder_folder(part: Part) -> str:
+    """The sub-folder of a checkpoint that a decoder's part is in."""
     return "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
 
 
@@ -267,9 +275,4 @@ def check_decode(checkpoint: Checkpoint, part: Part, upscale: int, grids: Sequen
         CheckpointError: the decoder or the VAE is missing or damaged.
     """
     checkpoint.require(part, Part.VAE)
-    checkpoint.image_sizes.require_upscale(upscale)
-    if not grids:
-        return
-    codes = read_state_dict(prior_path(checkpoint)).get("prior_token_embedding.weight", torch.empty(0)).shape[0]
-    for grid in grids:
-        check_codebook(grid, codes, checkpoint.root.name)
+    check_conditioning(checkpoint, upscale, grids)
