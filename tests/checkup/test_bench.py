@@ -13,6 +13,7 @@ import pytest
 from synthetic import tiny
 
 from llada2_mlx import __version__, cli
+from llada2_mlx.checkup import bench
 from llada2_mlx.checkup.bench import Clock, Figures, Stage, to_markdown
 from llada2_mlx.checkup.machine import this_machine
 from llada2_mlx.progress import Progress
@@ -34,7 +35,7 @@ def test_every_stage_is_measured(found: tuple[dict, str]) -> None:
     stages = {stage["name"]: stage for stage in figures["stages"]}
     assert list(stages) == ["encode", "draw", "understand", "decode", "pixels"]
     for stage in stages.values():
-        assert len(stage["runs"]) == 2 and min(stage["runs"]) > 0
+        assert 1 <= len(stage["runs"]) <= 2 and min(stage["runs"]) > 0  # one alone where the machine is busy
         assert min(stage["runs"]) <= stage["seconds"] <= max(stage["runs"])
         assert stage["torch_peak"] is None  # nothing counts it on a CPU
     # 64 codes after a prompt, in both branches, and the prompt
@@ -74,6 +75,14 @@ def test_peaks_of_a_gpu_are_told() -> None:
     told = to_markdown(figures)
     assert "20 GPU cores" in told and "4bit (9.7 GB)" in told
     assert "| decode | pixels | 2.00 | 1.0 s | 7 | 0.250 |  | 12.3 GB |" in told
+
+
+def test_what_takes_long_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    run = lambda runs: len(bench._repeated(lambda: calls.append(1), runs)[1])
+    assert [run(1), run(3)] == [1, 3] and len(calls) == 4
+    monkeypatch.setattr(bench, "PATIENCE", 0.0)
+    assert run(3) == 1
 
 
 def test_the_clock_counts_steps_and_passes_them_on() -> None:
