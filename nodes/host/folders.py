@@ -50,6 +50,11 @@ def checkpoint(model: str, *parts: Part) -> Checkpoint:
     return resolve(model, *parts, on_step=progress())
 
 
+def is_hub_model(model: str) -> bool:
+    """Whether a name of the list is a hub id, which is downloaded where it is not here yet."""
+    return model == HUB_MODEL
+
+
 def local_checkpoint(model: str) -> Checkpoint | None:
     """What is on this machine of a model of the list, complete or not; None where nothing is. Nothing is downloaded."""
     if model == HUB_MODEL:
