@@ -297,7 +297,7 @@ Made by {state.get("made_by", "ComfyUI-LLaDA2-MLX")}:
     llada2-mlx convert {name} FOLDER --bits {bits}{f" --group-size {groups}" if block else ""}
 
 `{STATE}` has the sizes and sums of the files that it was made of. The nodes of ComfyUI-LLaDA2-MLX list it where it lies
-as a folder in `models/llada2`.
+as a folder in `models/llada2`, or where its hub id stands in a line of `models/llada2/hub.txt`.
 """
     with making(copy, README) as partial:
         partial.write_text(text.replace("\n\ntags", "\ntags"), encoding="utf-8")

@@ -77,6 +77,17 @@ def cached(repo: str) -> Path | None:
         ) from None
 
 
+def cached_models() -> dict[str, Path]:
+    """Hub id -> folder of every model that the hub's cache has something of; one that cannot be read is left out."""
+    found: dict[str, Path] = {}
+    with suppress(OSError):  # no cache yet
+        for store in sorted(_cache().glob("models--*--*")):
+            with suppress(OSError, ValueError):
+                if (folder := snapshot(store)) != store and folder.is_dir():
+                    found[store.name.removeprefix("models--").replace("--", "/")] = folder
+    return found
+
+
 def snapshot(folder: Path) -> Path:
     """``folder``; or the model in it, if it is one that the hub's cache keeps (``models--owner--name``).
 

@@ -64,6 +64,7 @@ FILES = {
     Part.VAE: ("vae/config.json", "vae/*.safetensors"),
 }
 INDEX = "model.safetensors.index.json"
+HUB_LIST = "hub.txt"  # beside the model folders: ids of hub models to choose from
 COPY_BITS = (8, 6, 4)  # of the smaller copies of a backbone that lie in its model's folder
 
 
@@ -397,6 +398,43 @@ def model_folders(roots: Iterable[Path]) -> tuple[dict[str, Path], list[str]]:
             except (OSError, ValueError) as error:  # ValueError: a name of a revision that is no text
                 problems.append(_unread(folder, error))
     return found, problems
+
+
+def listed_ids(roots: Iterable[Path]) -> tuple[list[str], list[str]]:
+    """The hub ids in the files ``hub.txt`` of ``roots``, one a line; and a sentence on each line that has none.
+
+    What follows a ``#`` is a comment.
+    """
+    found: dict[str, None] = {}
+    problems: list[str] = []
+    for path in (root / HUB_LIST for root in roots):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+            problems.append(f"{path} cannot be read ({reason}), so no model in it is offered. Mend it, or remove it.")
+            continue
+        for number, line in enumerate(lines, 1):
+            name = line.partition("#")[0].strip()
+            if hub.is_id(name):
+                found[name] = None
+            elif name:
+                problems.append(
+                    f"{path}, line {number}: {name!r} is no hub id such as {HUB_MODEL}, and is left out. Write one id a line."
+                )
+    return list(found), problems
+
+
+def cached_ids() -> list[str]:
+    """The hub ids of the models in the hub's cache whose language model is one of this layout, sorted."""
+    found = []
+    for repo, folder in hub.cached_models().items():
+        with suppress(CheckpointError):
+            if Checkpoint(folder).config:
+                found.append(repo)
+    return sorted(found)
 
 
 def _unread(folder: Path, error: Exception) -> str:
