@@ -193,6 +193,7 @@ def test_a_content_that_another_revision_has_stays(hub: Hub, tmp_path: Path) -> 
 
 KILLED = """
 import os, signal, sys
+import huggingface_hub.file_download, huggingface_hub.hf_api
 from huggingface_hub import constants
 import mlx.core as mx
 from llada2_mlx.backbone import convert, fetch
