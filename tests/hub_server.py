@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -94,6 +95,13 @@ def is_large(name: str) -> bool:
 
 def sum_of(path: Path) -> str:
     """What the hub calls a file's content: SHA-256 for a large one, git's SHA-1 for a small one."""
+    about = path.stat()
+    return _sum_of(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(1024)
+def _sum_of(path: Path, size: int, changed: int) -> str:
+    """Computed once until a file's size or its time changes: tests ask again and again."""
     content = path.read_bytes()
     if is_large(path.name):
         return hashlib.sha256(content).hexdigest()
