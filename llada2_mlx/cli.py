@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -285,6 +286,21 @@ def look(a: argparse.Namespace) -> None:
 def download(a: argparse.Namespace) -> None:
     """Get a model from the hub, or the rest of one; check what is there, get what is damaged again, and say where it is."""
     parts = list(PARTS.values()) if "all" in a.parts else [PARTS[name] for name in a.parts]
+    if a.bits is None:
+        with _Bars() as on_step:
+            print(resolve(a.model, *parts, on_step=on_step, verify=True, published=True).root)
+        return
+    from .backbone.fetch import fetch_copy
+
+    if os.path.isdir(os.path.expanduser(a.model)) or not is_id(a.model):
+        raise RequestError(
+            f"{a.model} is no hub id, and only a hub model is converted while it is downloaded. A folder is converted "
+            f"with: llada2-mlx convert {a.model} COPY --bits {a.bits}"
+        )
+    if Part.BACKBONE not in parts:
+        raise RequestError("--bits is about the language model: name backbone among the --parts, or leave --bits out.")
+    with _Bars() as on_step:
+        fetch_copy(a.model, a.bits, on_step, later=[part for part in parts if part is not Part.BACKBONE])
     print(_resolve(a, *parts, verify=True).root)
 
 
@@ -295,7 +311,7 @@ def info(a: argparse.Namespace) -> None:
     states = {part: checkpoint.state(part) for part in Part}
     for part, state in states.items():
         print(f"{part.value}: {state}")
-    if states[Part.BACKBONE] == COMPLETE:
+    if states[Part.BACKBONE].startswith(COMPLETE):
         backbone = _backbone(a, checkpoint)
         print(f"weights: {backbone.size / 1e9:.2f} GB as {backbone.precision}")
         side = checkpoint.image_sizes.drawing or DEFAULT_DRAWING
@@ -399,7 +415,16 @@ class _Bars:
 
 
 def _resolve(a: argparse.Namespace, *parts: Part, verify: bool = False) -> Checkpoint:
+    precision = getattr(a, "precision", "auto")
     with _Bars() as on_step:
+        if Part.BACKBONE in parts and precision.endswith("bit"):
+            from .backbone.fetch import fetch_copy, needs_fetching
+            from .backbone.precision import BITS
+
+            if needs_fetching(a.model, precision):
+                fetch_copy(
+                    a.model, BITS[precision], on_step, later=[part for part in parts if part is not Part.BACKBONE]
+                )
         return resolve(a.model, *parts, on_step=on_step, verify=verify)
 
 
@@ -840,6 +865,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=(*PARTS, "all"),
         default=ALL_TASKS,
         help=f"default: what drawing, asking and editing need with the turbo decoder: {' '.join(ALL_TASKS)}",
+    )
+    p.add_argument(
+        "--bits",
+        type=int,
+        choices=(4, 6, 8),
+        help="get the language model with so many bits: it is converted while it arrives, and at most three of its files "
+        "lie on the disk at one time, beside the copy; it then runs with these bits alone",
     )
 
     p = add(convert, running=False)

@@ -35,7 +35,7 @@ def model_input(what: str, own: str | None = None) -> io.Combo.Input:
     return io.Combo.Input(
         "model",
         options=host.model_names(),
-        tooltip=f"Whose {what} to use: a folder under models/llada2, the built-in model, or the hub's, which is downloaded on first use. "
+        tooltip=f"Whose {what} to use: a folder under models/llada2, the built-in model, or one of the hub, which is downloaded on first use; models/llada2/hub.txt can name more, one id a line. "
         f"{host.BUILT_IN} is a toy to try the nodes with: it knows {SUMMARY}.",
     )
 

@@ -138,13 +138,13 @@ def _of_model(name: str, folder: Path) -> Iterator[Line]:
     checkpoint = Checkpoint(folder)
     states = {part: checkpoint.state(part) for part in Part}
     damaged = tuple(
-        f"{part.value}: {state}." for part, state in states.items() if state != COMPLETE and not _absent(state)
+        f"{part.value}: {state}." for part, state in states.items() if not state.startswith(COMPLETE) and not _absent(state)
     )
-    there = [part.value for part, state in states.items() if state == COMPLETE]
+    there = [part.value for part, state in states.items() if state.startswith(COMPLETE)]
     lacking = [part.value for part, state in states.items() if _absent(state)]
     value = f"has {', '.join(there) or 'no complete part'}" + (f"; lacks {', '.join(lacking)}" if lacking else "")
     yield Line("models", name, value, State.DOUBT if damaged else State.FINE, damaged)
-    if states[Part.BACKBONE] == COMPLETE:
+    if states[Part.BACKBONE].startswith(COMPLETE):
         yield _guarded(f"{name}, precision", lambda: _precision(checkpoint), section="models")
 
 
