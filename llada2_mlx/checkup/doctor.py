@@ -138,7 +138,9 @@ def _of_model(name: str, folder: Path) -> Iterator[Line]:
     checkpoint = Checkpoint(folder)
     states = {part: checkpoint.state(part) for part in Part}
     damaged = tuple(
-        f"{part.value}: {state}." for part, state in states.items() if not state.startswith(COMPLETE) and not _absent(state)
+        f"{part.value}: {state}."
+        for part, state in states.items()
+        if not state.startswith(COMPLETE) and not _absent(state)
     )
     there = [part.value for part, state in states.items() if state.startswith(COMPLETE)]
     lacking = [part.value for part, state in states.items() if _absent(state)]
