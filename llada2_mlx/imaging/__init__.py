@@ -10,6 +10,7 @@ from ..progress import OnStep, ignore
 if TYPE_CHECKING:
     import torch
 
+    from .prior import Prior
     from .tokenizer import ImageTokenizer
     from .transformer_torch import Decoder
     from .vae import VAE
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def load_part(
     checkpoint: Checkpoint, part: Part, device: torch.device | None = None, on_step: OnStep = ignore
-) -> ImageTokenizer | Decoder | VAE:
+) -> ImageTokenizer | Decoder | Prior | VAE:
     """Load one of the parts that run in PyTorch.
 
     Args:
@@ -27,10 +28,13 @@ def load_part(
     Raises:
         CheckpointError: the part is missing, damaged, or does not fit its config.
     """
+    from .prior import Prior
     from .tokenizer import ImageTokenizer
     from .transformer_torch import Decoder
     from .vae import VAE
 
     if part is Part.IMAGE_TOKENIZER:
         return ImageTokenizer(checkpoint, device, on_step)
+    if part is Part.PRIOR:
+        return Prior(checkpoint, device)
     return VAE(checkpoint, device, on_step) if part is Part.VAE else Decoder(checkpoint, part, device, on_step)

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from ..checkpoint.layout import Checkpoint, Part, TensorInfo, safetensors_header
-from ..errors import CheckpointError, LLaDA2Error
+from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed
 from .attention import attention_for, score_bytes
-from .device import build, default_device, load_module, read_config, read_state_dict, read_tensors, synchronize
-from .flow import DecodeOptions, Tell, combined, solve
-from .prior import FEATURE_UPSAMPLING, check_codebook, load_prior, prior_path, upsampled
+from .device import build, default_device, load_module, read_config, read_tensors, synchronize
+from .flow import DecodeOptions, OnLatent, Tell, combined, solve
+from .prior import FEATURE_UPSAMPLING, check_conditioning, conditioning, load_prior
+from .step_cache import StepCache
 from .vae import LATENT_PIXELS
 
 CODE_PIXELS = 16
@@ -49,7 +50,7 @@ class Decoder:
         from diffusers import ZImageTransformer2DModel
 
         checkpoint.require(part)
-        folder = _folder(part)
+        folder = decoder_folder(part)
         self.device, self.name = device or default_device(), checkpoint.root.name
         self.prior = load_prior(checkpoint, self.device)
         path = checkpoint.only_safetensors(folder)
@@ -64,6 +65,7 @@ class Decoder:
         tensors = read_tensors(path, self.device, on_step=on_step)
         own = {name.replace("semantic_embedder", "cap_embedder"): tensor for name, tensor in tensors.items()}
         self.transformer = load_module(transformer, own, path)
+        self.skipped_calls = 0  # how many network calls of the last ``sample`` were the step cache's
         self._context = _ContextRefiner(self.transformer.context_refiner)
         self.transformer.context_refiner = nn.ModuleList([self._context])
 
@@ -72,59 +74,63 @@ class Decoder:
         """How many codes the prior knows."""
         return self.prior.prior_token_embedding.num_embeddings
 
-    @torch.no_grad()
     def features(self, grid: VQGrid) -> torch.Tensor:
-        """Conditioning features [4 height width, features] of a grid, row by row of the upsampled grid.
+        """Conditioning features of a grid, see ``prior.conditioning``."""
+        return conditioning(self.prior, grid, self.name)
 
-        Raises:
-            RequestError: the grid is of a model with another codebook.
-        """
-        check_codebook(grid, self.codebook_size, self.name)
-        codes = torch.from_numpy(grid.codes.astype("int64")).to(self.device)
-        features = self.prior(upsampled(codes)).flatten(0, 1)
-        if not torch.isfinite(features).all():
-            raise LLaDA2Error(
-                "The SigVQ prior gave values that are not finite (NaN or infinity), so there is no picture. Download "
-                "image_tokenizer/sigvq_embedding.pt again."
-            )
-        return features
-
-    def sample(self, grids: Sequence[VQGrid], options: DecodeOptions, on_step: OnStep = ignore) -> torch.Tensor:
+    def sample(
+        self,
+        grids: Sequence[VQGrid],
+        options: DecodeOptions,
+        on_step: OnStep = ignore,
+        on_latent: OnLatent | None = None,
+    ) -> torch.Tensor:
         """Denoise pictures of one size, one after the other: latents [batch, 16, height, width] float32.
 
         Picture ``i`` has the noise of ``seed + i``, and is what it would be alone.
 
         Args:
             on_step: called after each layer of each network call; what it raises ends the work.
+            on_latent: handed after each network call what is seen of the picture so far, [16, 1, height, width].
 
         Raises:
             RequestError: a grid is of a model with another codebook.
             LLaDA2Error: the prior or the network gave values that are not finite.
         """
         conditions = [self.features(grid) for grid in grids]
-        latents = []
+        latents, self.skipped_calls = [], 0
         for index, (grid, condition) in enumerate(zip(grids, conditions, strict=True)):
 
             def step(progress: Progress, index: int = index) -> None:
                 on_step(Progress(progress.phase, index * progress.total + progress.done, len(grids) * progress.total))
 
             latents.append(
-                self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step)
+                self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step, on_latent)
             )
         return torch.stack(latents)
 
     @torch.no_grad()
-    def _sample(self, grid: VQGrid, condition: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:
+    def _sample(
+        self,
+        grid: VQGrid,
+        condition: torch.Tensor,
+        options: DecodeOptions,
+        on_step: OnStep,
+        on_latent: OnLatent | None,
+    ) -> torch.Tensor:
         generator = torch.Generator().manual_seed(options.seed)
-        sides = (side * CODE_PIXELS * options.upscale // LATENT_PIXELS for side in (grid.height, grid.width))
+        sides = latent_sides(grid, options.upscale)
         noise = torch.randn(self.transformer.in_channels, 1, *sides, generator=generator).to(self.device)
-        negative = self.velocity(torch.zeros_like(condition)) if options.guidance else None
-        velocity = combined(self.velocity(condition), negative, options)
-        return solve(velocity, noise, options, generator, on_step).to(torch.float32).squeeze(1)
+        caches = [StepCache(options.cache_threshold) if options.cache_threshold else None for _ in range(2)]
+        negative = self.velocity(torch.zeros_like(condition), caches[1]) if options.guidance else None
+        velocity = combined(self.velocity(condition, caches[0]), negative, options)
+        latent = solve(velocity, noise, options, generator, on_step, on_latent).to(torch.float32).squeeze(1)
+        self.skipped_calls += sum(cache.skipped for cache in caches if cache)
+        return latent
 
-    def velocity(self, condition: torch.Tensor) -> BranchVelocity:
+    def velocity(self, condition: torch.Tensor, cache: StepCache | None = None) -> BranchVelocity:
         """The velocity under a condition, features [tokens, features], for ``flow.solve``."""
-        return BranchVelocity(self.transformer, self._context, condition.to(self.transformer.dtype))
+        return BranchVelocity(self.transformer, self._context, condition.to(self.transformer.dtype), cache)
 
     @staticmethod
     def working_bytes(
@@ -135,12 +141,13 @@ class Decoder:
         Fitted to what ``python -m benchmarks.memory`` (in ``tests/``) counts at the published width for pictures of 512 to
         2048 pixels: the live tensors of whole calls, without what a kernel takes for itself. The most is within a layer, in
         its feed-forward part (15.7 values a token and unit of width at most), or in its attention (6.8) where that writes
-        scores out. Kept all the while are the features of all pictures, those of the other branch, and both refined.
+        scores out. Kept all the while are the features of all pictures, those of the other branch, and both refined, and what
+        a step cache remembers.
 
         Raises:
             CheckpointError: the weights are missing or damaged, or of another network.
         """
-        path = checkpoint.only_safetensors(_folder(part))
+        path = checkpoint.only_safetensors(decoder_folder(part))
         embedder, norm = _tensors(path, EMBEDDER, "layers.0.attention.norm_q.weight")
         head = norm.shape[0]
         (width, features), size = embedder.shape, 4 if embedder.dtype == "F32" else 2
@@ -150,6 +157,8 @@ class Decoder:
         layer = tokens * width * size
         scores = score_bytes(device, width // head, tokens, head, size)
         kept = condition * size * ((len(grids) + branches - 1) * features + branches * width)
+        if options.cache_threshold:
+            kept += (2 * branches + 1) * layer  # what the first layer and the others added, and what they add to
         return max(FEED_FORWARD_UNITS * layer, ATTENTION_UNITS * layer + scores if scores else 0) + kept
 
 
@@ -157,12 +166,22 @@ class BranchVelocity:
     """diffusers' transformer under one condition: ``(time, latent) -> velocity``, see ``flow.Velocity``.
 
     The context refiner sees neither time nor latent, so what it gives is computed in the first call and kept.
+
+    Args:
+        cache: of the main layers but the first; the last layer, which sees the time too, runs in every call.
     """
 
-    def __init__(self, transformer: nn.Module, context: _ContextRefiner, condition: torch.Tensor):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        context: _ContextRefiner,
+        condition: torch.Tensor,
+        cache: StepCache | None = None,
+    ):
         self._transformer, self._refiner, self._condition = transformer, context, condition
         self._refined: torch.Tensor | None = None
         self._layers = [*transformer.noise_refiner, *transformer.layers]
+        self._cached = _CachedLayers(transformer.layers, cache) if cache and len(transformer.layers) > 1 else None
         self.pieces = len(self._layers)
 
     @torch.no_grad()
@@ -178,11 +197,37 @@ class BranchVelocity:
             stack.enter_context(attention_for(device))
             for layer in self._layers:
                 stack.callback(layer.register_forward_hook(told).remove)
+            if self._cached:
+                stack.callback(setattr, self._transformer, "layers", self._transformer.layers)
+                self._transformer.layers, self._cached.tell = nn.ModuleList([self._cached]), tell
             self._refiner.output = self._refined
             stack.callback(setattr, self._refiner, "output", None)
             predicted = self._transformer([latent.to(dtype)], times, [self._condition], return_dict=False)[0][0]
             self._refined = self._refiner.output
         return predicted.to(torch.float32)
+
+
+class _CachedLayers(nn.Module):
+    """Main layers as one, behind a step cache; tells of those that it saves."""
+
+    def __init__(self, layers: nn.ModuleList, cache: StepCache):
+        super().__init__()
+        self.layers, self.cache = layers, cache
+        self.tell: Tell = lambda pieces=1: None
+
+    def forward(self, features: torch.Tensor, *where: torch.Tensor | None) -> torch.Tensor:
+        first, *others = self.layers
+
+        def rest(features: torch.Tensor) -> torch.Tensor:
+            for layer in others:
+                features = layer(features, *where)
+            return features
+
+        skipped = self.cache.skipped
+        result = self.cache(features, first(features, *where), rest)
+        if self.cache.skipped > skipped:
+            self.tell(len(others))
+        return result
 
 
 class _ContextRefiner(nn.Module):
@@ -201,7 +246,14 @@ class _ContextRefiner(nn.Module):
         return self.output
 
 
-def _folder(part: Part) -> str:
+def latent_sides(grid: VQGrid, upscale: int) -> tuple[int, int]:
+    """Height and width of the latent that a grid is decoded to."""
+    pixels = CODE_PIXELS * upscale
+    return grid.height * pixels // LATENT_PIXELS, grid.width * pixels // LATENT_PIXELS
+
+
+def decoder_folder(part: Part) -> str:
+    """The sub-folder of a checkpoint that a decoder's part is in."""
     return "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
 
 
@@ -223,9 +275,4 @@ def check_decode(checkpoint: Checkpoint, part: Part, upscale: int, grids: Sequen
         CheckpointError: the decoder or the VAE is missing or damaged.
     """
     checkpoint.require(part, Part.VAE)
-    checkpoint.image_sizes.require_upscale(upscale)
-    if not grids:
-        return
-    codes = read_state_dict(prior_path(checkpoint)).get("prior_token_embedding.weight", torch.empty(0)).shape[0]
-    for grid in grids:
-        check_codebook(grid, codes, checkpoint.root.name)
+    check_conditioning(checkpoint, upscale, grids)
