@@ -1,5 +1,6 @@
 """SigLIPVQEncode and ZImageDecode: between pixels and codes."""
 
+import torch
 from comfy_api.latest import io
 
 from ..llada2_mlx.checkpoint.codebook import require_same
@@ -10,7 +11,7 @@ from ..llada2_mlx.imaging.pixels import to_images
 from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, SMALLEST_SIDE, UNIT, Purpose, prepare_for, side_or_own, use_of
 from ..llada2_mlx.imaging.transformer_torch import Decoder, check_decode
 from ..llada2_mlx.imaging.vae import VAE
-from ..llada2_mlx.vq import GridSet
+from ..llada2_mlx.vq import GridSet, VQGrid
 from . import host
 from .sockets import MOST_JOINED, BackboneSocket, VQSetSocket, VQSocket, model_input, seed_input
 
@@ -230,13 +231,18 @@ class ZImageDecode(io.ComfyNode):
         on_step = host.progress()
         decoder, vae = host.image_part(model, part), host.image_part(model, Part.VAE)
         working = Decoder.working_bytes(checkpoint, part, vq, options, decoder.load_device)
-        latents = (network := decoder.get(on_step, working)).sample(vq, options, on_step)
-        if network.skipped_calls:
-            of = f" of {options.network_calls * len(vq)}" if options.network_calls else ""
-            host.tell(f"The step cache saved {network.skipped_calls}{of} network calls.")
-        del network
+        latents = _sample(decoder.get(on_step, working), vq, options, on_step)
         working = VAE.working_bytes(checkpoint, latents, vae.load_device)
         return io.NodeOutput(vae.get(on_step, working).decode(latents, on_step))
+
+
+def _sample(decoder: Decoder, vq: tuple[VQGrid, ...], options: DecodeOptions, on_step: host.progress) -> torch.Tensor:
+    """The latents; tells what the step cache saved. Here, so that nothing holds the decoder when the VAE needs room."""
+    latents = decoder.sample(vq, options, on_step)
+    if decoder.skipped_calls:
+        of = f" of {options.network_calls * len(vq)}" if options.network_calls else ""
+        host.tell(f"The step cache saved {decoder.skipped_calls}{of} network calls.")
+    return latents
 
 
 # What comes after the first inputs, named as in ``DecodeOptions``; a graph that was saved before has none of it.
@@ -285,7 +291,7 @@ def _path_inputs() -> list[io.Input]:
             1.0,
             0.01,
             "Step cache: a call in which the first layer adds nearly the same as before, up to this part, takes from an earlier call what the other "
-            "layers add. 0: off. 0.05 to 0.1 saves calls where steps are many; with few steps, and with turbo, leave it off.",
+            "layers add. 0: off. 0.05 and less for many steps; with few steps, and with turbo, leave it off.",
         ),
     ]
 
