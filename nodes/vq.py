@@ -1,16 +1,18 @@
 """SigLIPVQEncode and ZImageDecode: between pixels and codes."""
 
+import torch
 from comfy_api.latest import io
 
 from ..llada2_mlx.checkpoint.codebook import require_same
 from ..llada2_mlx.checkpoint.layout import Part
 from ..llada2_mlx.errors import RequestError
-from ..llada2_mlx.imaging.flow import CUSTOM, PRESETS, SOLVERS, DecodeOptions, Sampler, with_preset
+from ..llada2_mlx.imaging.flow import CUSTOM, PRESETS, SOLVERS, DecodeOptions, OnLatent, Sampler, with_preset
 from ..llada2_mlx.imaging.pixels import to_images
 from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, SMALLEST_SIDE, UNIT, Purpose, prepare_for, side_or_own, use_of
 from ..llada2_mlx.imaging.transformer_torch import Decoder, check_decode
 from ..llada2_mlx.imaging.vae import VAE
-from ..llada2_mlx.vq import GridSet
+from ..llada2_mlx.progress import OnStep
+from ..llada2_mlx.vq import GridSet, VQGrid
 from . import host
 from .sockets import (
     DECODERS,
@@ -233,13 +235,20 @@ class ZImageDecode(io.ComfyNode):
         decoder, vae = host.image_part(model, part), host.image_part(model, Part.VAE)
         working = Decoder.working_bytes(checkpoint, part, vq, options, decoder.load_device)
         show = host.appearing_latent(checkpoint, on_step)
-        latents = (network := decoder.get(on_step, working)).sample(vq, options, on_step, show)
-        if network.skipped_calls:
-            of = f" of {options.network_calls * len(vq)}" if options.network_calls else ""
-            host.tell(f"The step cache saved {network.skipped_calls}{of} network calls.")
-        del network
+        latents = _sample(decoder.get(on_step, working), vq, options, on_step, show)
         working = VAE.working_bytes(checkpoint, latents, vae.load_device)
         return io.NodeOutput(vae.get(on_step, working).decode(latents, on_step))
+
+
+def _sample(
+    decoder: Decoder, vq: tuple[VQGrid, ...], options: DecodeOptions, on_step: OnStep, on_latent: OnLatent
+) -> torch.Tensor:
+    """The latents; tells what the step cache saved. Here, so that nothing holds the decoder when the VAE needs room."""
+    latents = decoder.sample(vq, options, on_step, on_latent)
+    if decoder.skipped_calls:
+        of = f" of {options.network_calls * len(vq)}" if options.network_calls else ""
+        host.tell(f"The step cache saved {decoder.skipped_calls}{of} network calls.")
+    return latents
 
 
 # What comes after the first inputs, named as in ``DecodeOptions``; a graph that was saved before has none of it.
@@ -288,7 +297,7 @@ def _path_inputs() -> list[io.Input]:
             1.0,
             0.01,
             "Step cache: a call in which the first layer adds nearly the same as before, up to this part, takes from an earlier call what the other "
-            "layers add. 0: off. 0.05 to 0.1 saves calls where steps are many; with few steps, and with turbo, leave it off.",
+            "layers add. 0: off. 0.05 and less for many steps; with few steps, and with turbo, leave it off.",
         ),
     ]
 

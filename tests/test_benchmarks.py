@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks import breakdown, model, upstream, working
+from benchmarks import breakdown, calls, model, upstream, working
 from benchmarks.__main__ import main
 from benchmarks.measure import Case, compare, ours, picture, question
 
@@ -73,3 +73,17 @@ def test_work_grows_with_what_runs_together() -> None:
     assert (alone.positions, together.positions) == (128, 256)
     assert 1.7 * alone.most < together.most < 2.3 * alone.most
     assert alone.later < alone.most / 2
+
+
+def test_a_call_of_the_decoder_counts_what_its_layers_shapes_say() -> None:
+    """Of a layer four square matrices, three to or from 8/3 of the width, and two products of all tokens with all."""
+    width, main, refining = 3840, calls.DECODER["n_layers"], calls.DECODER["n_refiner_layers"]
+    layer = lambda tokens: 2 * tokens * width * width * (4 + 8) + 4 * tokens**2 * width
+    counted = calls.work((512,))
+    assert counted.whole[512] == pytest.approx(main * layer(2048) + refining * layer(1024), rel=0.01)
+    assert counted.cached[512] == pytest.approx(layer(2048) + refining * layer(1024), rel=0.06)
+
+
+def test_every_preset_is_measured_once() -> None:
+    measured = [options for _, options in calls.rows()]
+    assert len(set(measured)) == len(measured) and set(calls.PRESETS.values()) <= set(measured)
