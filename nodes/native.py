@@ -56,7 +56,8 @@ class LLaDA2LoadZImageDecoder(io.ComfyNode):
     @host.explains
     def execute(cls, model: str, decoder: str, backbone=None) -> io.NodeOutput:
         model = host.model_of_backbone(model, backbone)
-        return io.NodeOutput(host.comfy_decoder(model, DECODERS[decoder]), host.comfy_vae(model))
+        vae = host.comfy_vae(model)  # first: it takes moments, and says what is wrong with its config
+        return io.NodeOutput(host.comfy_decoder(model, DECODERS[decoder]), vae)
 
 
 class LLaDA2VQToConditioning(io.ComfyNode):

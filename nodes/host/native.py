@@ -61,6 +61,8 @@ def comfy_decoder(model: str, part: Part, disable_dynamic: bool = False) -> Mode
     load = _load_published if config.get("dim", PUBLISHED_WIDTH) == PUBLISHED_WIDTH else _load_of_another_width
     try:
         patcher = load(weights, config, disable_dynamic)
+    except model_management.OOM_EXCEPTION:
+        raise
     except (RuntimeError, KeyError, AssertionError, TypeError) as error:
         raise CheckpointError(f"The tensors in {path} do not fit its config: {' '.join(str(error).split())}") from error
     if differing := sorted(names ^ set(patcher.model.diffusion_model.state_dict())):
@@ -215,6 +217,7 @@ def _load_of_another_width(
     kind = {"dtype": first.weight.dtype, "device": first.weight.device}
     network.t_embedder.mlp[0] = linear(first.in_features, 1024, bias=True, **kind)
     network.t_embedder.mlp[2] = linear(1024, min(config["dim"], 256), bias=True, **kind)
+    model_management.archive_model_dtypes(network.t_embedder.eval().requires_grad_(False))
     patcher_class = ModelPatcher if disable_dynamic else CoreModelPatcher
     patcher = patcher_class(model, device, model_management.unet_offload_device())
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())

@@ -7,9 +7,10 @@ import time
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from client import WORKFLOWS, Comfy, failed, ran, told, workflow
-from PIL import Image, ImageChops, ImageStat
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from llada2_mlx.checkpoint.layout import BUILT_IN
@@ -151,8 +152,9 @@ def test_the_picture_appears_while_it_is_decoded(comfy: Comfy, unique: str) -> N
     assert len(seen) > 1 and all(picture.size == (512, 512) for picture in seen)
     with Image.open(*comfy.images(run)) as image:
         drawn = image.convert("RGB").resize((512, 512))
-    far = [ImageStat.Stat(ImageChops.difference(picture, drawn)).mean for picture in seen]
-    assert max(far[-1]) < 40 and sum(far[-1]) <= sum(far[0])  # shades of 255
+    alike = lambda one, other: np.corrcoef(np.ravel(one), np.ravel(other))[0, 1]
+    # the colours are those of a linear map, so that they are not exact; where they are is
+    assert alike(seen[-1], drawn) > max(0.6, alike(seen[0], drawn), alike(seen[-1], ImageOps.mirror(drawn)))
 
 
 def test_the_answer_grows_on_the_canvas(comfy: Comfy) -> None:
@@ -236,7 +238,7 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
         kinds = comfy.get(f"/object_info/{node['type']}")[node["type"]]["input"]
         optional = kinds.get("optional", {})
         linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link")}
-        values, inputs, pending = list(node["widgets_values"] or []), {}, list(kinds["required"].items())
+        values, inputs, pending = list(node.get("widgets_values") or []), {}, list(kinds["required"].items())
         # what is no socket
         is_widget = lambda kind: (
             isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
