@@ -15,8 +15,11 @@ JOBS ?= 2
 demo: $(VENV)/.ready
 	$(BIN)/llada2-mlx demo demo
 
+# Threads that wait for one another cost more than they bring where several processes share the cores.
+test test-lowest: export OMP_NUM_THREADS ?= 1
+
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 2
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 2 --durations 20
 
 # The tests with the lowest versions that pyproject.toml allows; some of them with ARGS="tests/test_tokens.py".
 test-lowest: $(LOWEST)/.ready
