@@ -35,6 +35,7 @@ PARTS = {
     Part.IMAGE_TOKENIZER: {
         f"image_tokenizer/{name}" for name in ("config.json", "preprocessor_config.json", "image_tokenizer.safetensors")
     },
+    Part.PRIOR: {PRIOR},
     Part.DECODER: {"decoder/config.json", "decoder/decoder_model.safetensors", PRIOR},
     Part.DECODER_TURBO: {"decoder-turbo/config.json", "decoder-turbo/decoder_model.safetensors", PRIOR},
     Part.VAE: {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"},
