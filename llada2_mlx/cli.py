@@ -538,8 +538,8 @@ def _decoder_parts(a: argparse.Namespace) -> tuple[Part, Part]:
 
 def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGrid) -> DecodeOptions:
     """The decoder's options, after all that can be checked before the work."""
+    from .imaging.decoder import check_decode
     from .imaging.flow import DecodeOptions, Sampler
-    from .imaging.transformer_torch import check_decode
 
     _device(a)
     check_decode(checkpoint, DECODERS[a.decoder][0], a.upscale, grids)

@@ -5,10 +5,11 @@ from comfy_api.latest import io
 from ..llada2_mlx.checkpoint.codebook import require_same
 from ..llada2_mlx.checkpoint.layout import Part
 from ..llada2_mlx.errors import RequestError
+from ..llada2_mlx.imaging.decoder import check_decode
 from ..llada2_mlx.imaging.flow import SOLVERS, DecodeOptions, Sampler
 from ..llada2_mlx.imaging.pixels import to_images
 from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, SMALLEST_SIDE, UNIT, Purpose, prepare_for, side_or_own, use_of
-from ..llada2_mlx.imaging.transformer_torch import Decoder, check_decode
+from ..llada2_mlx.imaging.transformer_torch import Decoder
 from ..llada2_mlx.imaging.vae import VAE
 from ..llada2_mlx.vq import GridSet
 from . import host

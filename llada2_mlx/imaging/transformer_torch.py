@@ -1,33 +1,29 @@
-"""The diffusion decoder in PyTorch: grids of codes -> latents, by diffusers' Z-Image transformer."""
+"""The decoder's transformer in PyTorch: diffusers' Z-Image transformer, unchanged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..checkpoint.layout import Checkpoint, Part, TensorInfo, safetensors_header
-from ..errors import CheckpointError, LLaDA2Error
-from ..progress import OnStep, Progress, ignore
-from ..vq import VQGrid, picture_seed
+from ..checkpoint.layout import Checkpoint, Part
+from ..errors import CheckpointError
+from ..progress import OnStep, ignore
+from ..vq import VQGrid
 from .attention import attention_for, score_bytes
-from .device import build, default_device, load_module, read_config, read_state_dict, read_tensors, synchronize
-from .flow import DecodeOptions, Tell, combined, solve
-from .prior import FEATURE_UPSAMPLING, check_codebook, load_prior, prior_path, upsampled
-from .vae import LATENT_PIXELS
+from .decoder import EMBEDDER, LatentDecoder, folder_of, stored
+from .device import build, default_device, load_module, read_config, read_tensors, synchronize
+from .flow import DecodeOptions, Tell
+from .prior import FEATURE_UPSAMPLING
 
-CODE_PIXELS = 16
-EMBEDDER = "semantic_embedder.1.weight"  # [width, features]
 # What there is of a token at once, in units of the network's width: see ``Decoder.working_bytes``
 FEED_FORWARD_UNITS, ATTENTION_UNITS = 16, 7
 
 
-class Decoder:
-    """The SigVQ prior and a diffusion transformer of a checkpoint: grids of codes -> latents.
+class Decoder(LatentDecoder):
+    """A decoder whose transformer is diffusers' and runs in PyTorch.
 
     Args:
         checkpoint: the model folder.
@@ -48,79 +44,26 @@ class Decoder:
     ):
         from diffusers import ZImageTransformer2DModel
 
-        checkpoint.require(part)
-        folder = _folder(part)
-        self.device, self.name = device or default_device(), checkpoint.root.name
-        self.prior = load_prior(checkpoint, self.device)
+        super().__init__(checkpoint, part, device or default_device())
+        folder = folder_of(part)
         path = checkpoint.only_safetensors(folder)
-        features = _tensors(path, EMBEDDER)[0].shape[-1]
-        if features != (given := self.prior.prior_projector.net["2"].out_features):
-            raise CheckpointError(
-                f"The SigVQ prior gives {given} features and {path} takes {features}: they are of two models."
-            )
         # the published config states another width, and axes that are too short
-        config = read_config(checkpoint, folder) | {"cap_feat_dim": features, "axes_lens": [32768, 1024, 1024]}
+        config = read_config(checkpoint, folder) | {
+            "cap_feat_dim": self.feature_width,
+            "axes_lens": [32768, 1024, 1024],
+        }
+        if "quantization" in config:
+            raise CheckpointError(
+                f"The decoder in {checkpoint.root / folder} has few bits, which only MLX runs. Choose the engine auto or mlx, or the "
+                "model that it was made of."
+            )
         transformer = build(lambda: ZImageTransformer2DModel(**config), checkpoint.root / folder / "config.json")
         tensors = read_tensors(path, self.device, on_step=on_step)
         own = {name.replace("semantic_embedder", "cap_embedder"): tensor for name, tensor in tensors.items()}
         self.transformer = load_module(transformer, own, path)
+        self.channels = self.transformer.in_channels
         self._context = _ContextRefiner(self.transformer.context_refiner)
         self.transformer.context_refiner = nn.ModuleList([self._context])
-
-    @property
-    def codebook_size(self) -> int:
-        """How many codes the prior knows."""
-        return self.prior.prior_token_embedding.num_embeddings
-
-    @torch.no_grad()
-    def features(self, grid: VQGrid) -> torch.Tensor:
-        """Conditioning features [4 height width, features] of a grid, row by row of the upsampled grid.
-
-        Raises:
-            RequestError: the grid is of a model with another codebook.
-        """
-        check_codebook(grid, self.codebook_size, self.name)
-        codes = torch.from_numpy(grid.codes.astype("int64")).to(self.device)
-        features = self.prior(upsampled(codes)).flatten(0, 1)
-        if not torch.isfinite(features).all():
-            raise LLaDA2Error(
-                "The SigVQ prior gave values that are not finite (NaN or infinity), so there is no picture. Download "
-                "image_tokenizer/sigvq_embedding.pt again."
-            )
-        return features
-
-    def sample(self, grids: Sequence[VQGrid], options: DecodeOptions, on_step: OnStep = ignore) -> torch.Tensor:
-        """Denoise pictures of one size, one after the other: latents [batch, 16, height, width] float32.
-
-        Picture ``i`` has the noise of ``seed + i``, and is what it would be alone.
-
-        Args:
-            on_step: called after each layer of each network call; what it raises ends the work.
-
-        Raises:
-            RequestError: a grid is of a model with another codebook.
-            LLaDA2Error: the prior or the network gave values that are not finite.
-        """
-        conditions = [self.features(grid) for grid in grids]
-        latents = []
-        for index, (grid, condition) in enumerate(zip(grids, conditions, strict=True)):
-
-            def step(progress: Progress, index: int = index) -> None:
-                on_step(Progress(progress.phase, index * progress.total + progress.done, len(grids) * progress.total))
-
-            latents.append(
-                self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step)
-            )
-        return torch.stack(latents)
-
-    @torch.no_grad()
-    def _sample(self, grid: VQGrid, condition: torch.Tensor, options: DecodeOptions, on_step: OnStep) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(options.seed)
-        sides = (side * CODE_PIXELS * options.upscale // LATENT_PIXELS for side in (grid.height, grid.width))
-        noise = torch.randn(self.transformer.in_channels, 1, *sides, generator=generator).to(self.device)
-        negative = self.velocity(torch.zeros_like(condition)) if options.guidance else None
-        velocity = combined(self.velocity(condition), negative, options)
-        return solve(velocity, noise, options, generator, on_step).to(torch.float32).squeeze(1)
 
     def velocity(self, condition: torch.Tensor) -> BranchVelocity:
         """The velocity under a condition, features [tokens, features], for ``flow.solve``."""
@@ -140,8 +83,8 @@ class Decoder:
         Raises:
             CheckpointError: the weights are missing or damaged, or of another network.
         """
-        path = checkpoint.only_safetensors(_folder(part))
-        embedder, norm = _tensors(path, EMBEDDER, "layers.0.attention.norm_q.weight")
+        path = checkpoint.only_safetensors(folder_of(part))
+        embedder, norm = stored(path, EMBEDDER, "layers.0.attention.norm_q.weight")
         head = norm.shape[0]
         (width, features), size = embedder.shape, 4 if embedder.dtype == "F32" else 2
         codes, branches = grids[0].height * grids[0].width, 2 if options.guidance else 1
@@ -199,33 +142,3 @@ class _ContextRefiner(nn.Module):
                 features = layer(features, *where)
             self.output = features
         return self.output
-
-
-def _folder(part: Part) -> str:
-    return "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
-
-
-def _tensors(path: Path, *names: str) -> list[TensorInfo]:
-    header = safetensors_header(path)
-    if absent := [name for name in names if name not in header]:
-        raise CheckpointError(f"{path} lacks {absent[0]}; it is not a LLaDA2.0-Uni decoder.")
-    return [header[name] for name in names]
-
-
-def check_decode(checkpoint: Checkpoint, part: Part, upscale: int, grids: Sequence[VQGrid] = ()) -> None:
-    """Say what would go wrong in decoding, as far as it can be known without reading weights.
-
-    Args:
-        grids: what is to be decoded, once it is there.
-
-    Raises:
-        RequestError: a grid is of a model with another codebook, or the decoder cannot enlarge by ``upscale``.
-        CheckpointError: the decoder or the VAE is missing or damaged.
-    """
-    checkpoint.require(part, Part.VAE)
-    checkpoint.image_sizes.require_upscale(upscale)
-    if not grids:
-        return
-    codes = read_state_dict(prior_path(checkpoint)).get("prior_token_embedding.weight", torch.empty(0)).shape[0]
-    for grid in grids:
-        check_codebook(grid, codes, checkpoint.root.name)
