@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from .backbone.handle import Backbone
     from .backbone.session import Report
     from .backbone.sprint import Sprint
+    from .imaging.decoder import LatentDecoder
     from .imaging.flow import DecodeOptions
 
 # the words of the command line for what the library calls so; the library itself is imported when it is needed
 SAMPLERS = {"ode": "ODE", "published": "as published"}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
 PARTS = {part.word: part for part in Part}
+ENGINES = ("auto", "torch", "mlx", "mlx-8bit")
 ALL_TASKS = [name for name, part in PARTS.items() if part is not Part.DECODER]  # the turbo decoder is the default
 SEEING = {"picture": prompts.Seeing.PICTURE, "before": prompts.Seeing.BEFORE}
 PURPOSES = {
@@ -319,14 +321,19 @@ def demo(a: argparse.Namespace) -> None:
 
 
 def convert(a: argparse.Namespace) -> None:
-    """Write a smaller copy of a model: its language model with few bits, the rest linked."""
+    """Write a smaller copy of a model: its language model with few bits, its decoders too if asked, the rest linked."""
     from .backbone.convert import add_parts, convert, is_current
+    from .imaging.decoder import folder_of
+    from .imaging.decoder_copy import convert_decoder
     from .worker import MLXWorker
 
     source, copy, worker = _resolve(a, Part.BACKBONE), Checkpoint(Path(a.destination).absolute()), MLXWorker()
     with _Bars() as on_step:
         if not is_current(copy.root, source, a.bits, a.group_size):
             worker.drive(convert(source, copy.root, a.bits, a.group_size), on_step)
+        for part in (Part.DECODER, Part.DECODER_TURBO) if a.decoder_bits == 8 else ():
+            if not source.missing(part):
+                worker.drive(convert_decoder(source.root / folder_of(part), copy.root / folder_of(part)), on_step)
         worker.drive(add_parts(source, copy.root), on_step)
     print(f"{a.destination}: {sum(path.stat().st_size for path in copy.files(Part.BACKBONE)) / 1e9:.2f} GB")
     if absent := [part.value for part in Part if copy.missing(part)]:
@@ -416,12 +423,24 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grids: Sequence[VQGri
     from .imaging import load_part
     from .imaging.pixels import to_images
 
-    part, _ = DECODERS[a.decoder]
     with _Bars() as on_step:
-        latents = load_part(checkpoint, part, _device(a), on_step).sample(grids, options, on_step)
+        latents = _decoder(a, checkpoint, grids, options, on_step).sample(grids, options, on_step)
         pixels = load_part(checkpoint, Part.VAE, _device(a), on_step).decode(latents, on_step)
     for image, path in zip(to_images(pixels), _numbered(a.output, len(grids)), strict=True):
         _save_picture(a, image, path, options)
+
+
+def _decoder(
+    a: argparse.Namespace, checkpoint: Checkpoint, grids: Sequence[VQGrid], options: DecodeOptions, on_step: OnStep
+) -> LatentDecoder:
+    """The decoder in its engine; says why, where that was chosen for this machine."""
+    from .imaging.engine import open_decoder, plan
+
+    part, largest = DECODERS[a.decoder][0], sorted(grids, key=lambda grid: grid.codes.size, reverse=True)
+    chosen = plan(checkpoint, part, a.engine, largest, options, _device(a))
+    if chosen.reason:
+        print(f"llada2-mlx: {chosen.reason}", file=sys.stderr)
+    return open_decoder(checkpoint, part, chosen.engine, _device(a), on_step)
 
 
 def _decode_each(
@@ -435,13 +454,12 @@ def _decode_each(
     from .imaging import load_part
     from .imaging.pixels import to_images
 
-    part, _ = DECODERS[a.decoder]
     with _Bars() as on_step:
 
         def of(number: int) -> OnStep:
             return lambda progress: on_step(replace(progress, phase=f"picture {number}: {progress.phase}"))
 
-        decoder = load_part(checkpoint, part, _device(a), on_step)
+        decoder = _decoder(a, checkpoint, grids, options, on_step)
         seeded = [replace(options, seed=picture_seed(options.seed, index)) for index in range(len(grids))]
         latents = [
             decoder.sample([grid], own, of(number))
@@ -539,10 +557,12 @@ def _decoder_parts(a: argparse.Namespace) -> tuple[Part, Part]:
 def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGrid) -> DecodeOptions:
     """The decoder's options, after all that can be checked before the work."""
     from .imaging.decoder import check_decode
+    from .imaging.engine import check_engine
     from .imaging.flow import DecodeOptions, Sampler
 
     _device(a)
     check_decode(checkpoint, DECODERS[a.decoder][0], a.upscale, grids)
+    check_engine(checkpoint, DECODERS[a.decoder][0], a.engine)
     for grid in grids:
         require_same(grid, checkpoint)
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
@@ -624,6 +644,12 @@ def _parser() -> argparse.ArgumentParser:
 
     decoding = argparse.ArgumentParser(add_help=False)
     decoding.add_argument("--decoder", choices=DECODERS, default="turbo", help="default: turbo")
+    decoding.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="what the decoder runs in; mlx-8bit makes a copy of half the size on first use; auto: on a Mac what fits, else torch",
+    )
     decoding.add_argument("--decoder-steps", type=int, help="default: 50 full, 8 turbo")
     decoding.add_argument("--decoder-guidance", type=float, default=1.0, help="1: as published, 0: none (default: 1)")
     decoding.add_argument(
@@ -793,6 +819,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--group-size", type=int, choices=(32, 64, 128), default=64, help="weights that share a scale (default: 64)"
+    )
+
+    p.add_argument(
+        "--decoder-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="8: the decoders take half the memory, and run in MLX alone (default: 16, as they are)",
     )
 
     add(info)

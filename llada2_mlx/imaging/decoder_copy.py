@@ -26,6 +26,7 @@ from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors, safetenso
 from ..errors import CheckpointError, LLaDA2Error, RequestError
 from ..files import locked, replacing
 from ..progress import Progress, amount
+from ..worker import on_cpu
 from .decoder import EMBEDDER, stored
 from .device import read_config
 from .transformer_mlx import Config, ZImageTransformer
@@ -121,6 +122,23 @@ def check(folder: Path) -> tuple[ZImageTransformer, dict[str, TensorInfo]]:
 def size_of_copy(folder: Path) -> int:
     """Bytes of a decoder's weights with 8 bits, from the headers of the files."""
     return sum(_bytes(info) for info in _copied(folder)[1].values())
+
+
+def run_type(stored: str) -> mx.Dtype:
+    """What a transformer runs in whose weights are stored in a type; a CPU multiplies float32 faster than bf16."""
+    whole = stored == "F32" or on_cpu()
+    return mx.float32 if whole else mx.bfloat16
+
+
+def memory_bytes(folder: Path, quantised: bool) -> int:
+    """What the weights of a decoder take in memory in MLX, from the headers of the files.
+
+    Args:
+        quantised: whether with 8 bits, where it is not stored with them.
+    """
+    tensors = _copied(folder)[1] if quantised and block_of(folder) is None else check(folder)[1]
+    run = run_type(tensors["x_pad_token"].dtype).size
+    return sum(prod(info.shape) * (4 if info.dtype == "U32" else run) for info in tensors.values())
 
 
 def own_copy(folder: Path) -> Path:

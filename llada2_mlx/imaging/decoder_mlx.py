@@ -15,9 +15,9 @@ from ..checkpoint.layout import Checkpoint, Part
 from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid
-from ..worker import MLXWorker, on_cpu, wired_limit
+from ..worker import MLXWorker, wired_limit
 from .decoder import LatentDecoder, folder_of
-from .decoder_copy import block_of, check, convert_decoder, own_copy
+from .decoder_copy import block_of, check, convert_decoder, own_copy, run_type
 from .flow import DecodeOptions, Tell
 from .transformer_mlx import Context, Norms, ZImageTransformer
 
@@ -93,12 +93,6 @@ class MLXDecoder(LatentDecoder):
             self.size += value.nbytes
             yield Progress("loading weights", done, len(parameters))
         return transformer
-
-
-def run_type(stored: str) -> mx.Dtype:
-    """What a transformer runs in whose weights are stored in a type; a CPU multiplies float32 faster than bf16."""
-    whole = stored == "F32" or on_cpu()
-    return mx.float32 if whole else mx.bfloat16
 
 
 class MLXVelocity:

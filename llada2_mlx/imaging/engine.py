@@ -13,8 +13,8 @@ from ..progress import OnStep, ignore
 from ..vq import VQGrid
 from ..worker import machine_bytes
 from .attention import is_old
-from .decoder import LatentDecoder, folder_of
-from .decoder_copy import BITS, block_of, size_of_copy
+from .decoder import EMBEDDER, LatentDecoder, folder_of, stored
+from .decoder_copy import BITS, block_of, memory_bytes, run_type, weights_of
 from .device import default_device
 from .flow import DecodeOptions
 from .transformer_torch import Decoder
@@ -80,15 +80,20 @@ def plan(
     check_engine(checkpoint, part, engine)
     folder, device, reason = checkpoint.root / folder_of(part), device or default_device(), None
     whole = checkpoint.weight_bytes(part)
-    # MLX's attention writes no scores out
-    working = {
-        name: Decoder.working_bytes(checkpoint, part, grids, options, torch.device("cpu")) for name in ENGINES[2:]
-    }
+    # MLX's attention writes no scores out; on a CPU it computes in float32 what is stored in bf16
+    kind = stored(weights_of(folder), EMBEDDER)[0].dtype
+    wider = run_type(kind).size // (4 if kind == "F32" else 2)
+    in_mlx = wider * Decoder.working_bytes(checkpoint, part, grids, options, torch.device("cpu"))
+    working = {MLX: in_mlx, MLX_8BIT: in_mlx}
     working[TORCH] = Decoder.working_bytes(checkpoint, part, grids, options, device)
     quantised = block_of(folder) is not None
     if engine == AUTO:
         engine, reason = _choose(whole, working[TORCH], working[MLX], quantised, device)
-    size = size_of_copy(folder) if engine == MLX_8BIT and not quantised else whole
+    size = whole
+    if engine != TORCH:
+        size += (
+            memory_bytes(folder, engine == MLX_8BIT) - weights_of(folder).stat().st_size
+        )  # what is left is the prior
     return Plan(engine, size, working[engine], reason)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from synthetic import tiny
 
 from llada2_mlx.checkpoint.layout import Checkpoint, Part
 from llada2_mlx.errors import RequestError
-from llada2_mlx.imaging import engine
+from llada2_mlx.imaging import decoder_copy, engine
 from llada2_mlx.imaging.decoder_copy import convert_decoder
 from llada2_mlx.imaging.decoder_mlx import MLXDecoder
 from llada2_mlx.imaging.engine import check_engine, open_decoder, plan
@@ -37,6 +38,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return hollow_checkpoint(tmp_path_factory.mktemp("published"), DECODER["n_layers"])
 
 
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX runs in bf16, as on Metal."""
+    for module in (engine, decoder_copy):
+        monkeypatch.setattr(module, "run_type", lambda stored: mx.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("memory", "version", "codes", "taken", "why"),
     [
@@ -52,6 +60,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_auto_on_a_mac(
     published: Checkpoint,
     monkeypatch: pytest.MonkeyPatch,
+    metal: None,
     memory: float,
     version: str,
     codes: int,
@@ -99,6 +108,12 @@ def test_a_decoder_with_8_bits_runs_in_mlx(tmp_path: Path) -> None:
     assert plan(checkpoint, PART, "mlx-8bit", grid, DecodeOptions()).size == found.size
 
 
-def test_an_engine_opens_its_class() -> None:
-    assert isinstance(open_decoder(Checkpoint(tiny()), PART, "torch", CPU), Decoder)
-    assert isinstance(open_decoder(Checkpoint(tiny()), PART, "mlx"), MLXDecoder)
+def test_an_engine_opens_its_class(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(Path(shutil.copytree(tiny(), tmp_path / "tiny")))
+    assert isinstance(open_decoder(checkpoint, PART, "torch", CPU), Decoder)
+    grid = [VQGrid(np.zeros((8, 8), dtype="int32"), 256)]
+    prior = (checkpoint.root / "image_tokenizer/sigvq_embedding.pt").stat().st_size
+    for name in ("mlx", "mlx-8bit"):
+        decoder = open_decoder(checkpoint, PART, name)
+        assert isinstance(decoder, MLXDecoder)
+        assert decoder.size + prior == plan(checkpoint, PART, name, grid, DecodeOptions()).size
