@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class MLXDecoder(LatentDecoder):
     def unload(self) -> None:
         """Let the weights go; nothing can be decoded afterwards."""
         self.transformer = self._times = None
+        gc.collect()  # a solver leaves what it called in circles, and with it what was computed for a picture
         self._worker.call(mx.clear_cache)
 
     def times(self, time: float) -> tuple[mx.array, list[Norms]]:

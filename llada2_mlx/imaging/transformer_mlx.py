@@ -117,7 +117,9 @@ class Attention(nn.Module):
         q, k, v = split(self.to_q(x)), split(self.to_k(x)), split(self.to_v(x))
         if "norm_q" in self:
             q, k = self.norm_q(q), self.norm_k(k)
-        q, k, v = (x.swapaxes(1, 2) for x in (turns(q), turns(k), v))
+        q, k = turns(q), turns(k)
+        mx.eval(q, k, v)  # or all that was made on the way would be in memory until the end of the layer; so below
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         # queries in pieces: where no kernel has this head's width scores are written out, and macOS ends a kernel of seconds
         piece = max(SCORES // (q.shape[1] * k.shape[2]), 1)
         pieces = (q[:, :, start : start + piece] for start in range(0, q.shape[2], piece))
@@ -168,6 +170,7 @@ class Layer(nn.Module):
     def __call__(self, x: mx.array, turns: Turns, norms: Norms) -> mx.array:
         normed = lambda x, weight: mx.fast.rms_norm(x, weight, self.eps)
         x = x + normed(self.attention(normed(x, norms.before_attention), turns), norms.after_attention)
+        mx.eval(x)
         return x + normed(self.feed_forward(normed(x, norms.before_feed_forward)), norms.after_feed_forward)
 
 
@@ -215,14 +218,12 @@ class Turns:
             for place, width in zip(places.T, config.axes_dims)
         ]
         angles = np.concatenate(angles, axis=1).astype(np.float32)[None, :, None]
-        self.cosines, self.sines = mx.array(np.cos(angles)), mx.array(np.sin(angles))
+        self.turns = mx.array(np.exp(1j * angles).astype(np.complex64))
 
     def __call__(self, x: mx.array) -> mx.array:
         """``x`` [1, length, heads, head dim], turned; the product is float32."""
-        pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
-        a, b = pairs[..., 0], pairs[..., 1]
-        turned = mx.stack([a * self.cosines - b * self.sines, a * self.sines + b * self.cosines], axis=-1)
-        return turned.reshape(x.shape).astype(x.dtype)
+        pairs = x.astype(mx.float32).view(mx.complex64)
+        return (pairs * self.turns).view(mx.float32).astype(x.dtype)
 
 
 @dataclass(frozen=True)
