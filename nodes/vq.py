@@ -3,13 +3,13 @@
 from comfy_api.latest import io
 
 from ..llada2_mlx.checkpoint.codebook import require_same
-from ..llada2_mlx.checkpoint.layout import Part
+from ..llada2_mlx.checkpoint.layout import Checkpoint, Part
 from ..llada2_mlx.errors import RequestError
 from ..llada2_mlx.imaging.decoder import check_decode
+from ..llada2_mlx.imaging.engine import AUTO, ENGINES, check_engine
 from ..llada2_mlx.imaging.flow import SOLVERS, DecodeOptions, Sampler
 from ..llada2_mlx.imaging.pixels import to_images
 from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, SMALLEST_SIDE, UNIT, Purpose, prepare_for, side_or_own, use_of
-from ..llada2_mlx.imaging.transformer_torch import Decoder
 from ..llada2_mlx.imaging.vae import VAE
 from ..llada2_mlx.vq import GridSet
 from . import host
@@ -186,6 +186,15 @@ class ZImageDecode(io.ComfyNode):
                     max=2,
                     tooltip="2: twice the size that the tokenizer sees (32 pixels per code). 1: its size.",
                 ),
+                io.Combo.Input(
+                    "engine",
+                    options=list(ENGINES),
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the decoder runs in. torch: PyTorch. mlx: MLX, the same picture but for rounding. mlx-8bit: half the memory, from "
+                    "a copy that is made on first use; nearly the same picture. auto: on a Mac what fits into it, elsewhere torch; it says what it took.",
+                ),
             ],
             outputs=[io.Image.Output("image", tooltip="The pictures.")],
             hidden=[io.Hidden.dynprompt],
@@ -198,12 +207,19 @@ class ZImageDecode(io.ComfyNode):
 
     @classmethod
     @host.explains
-    def check_lazy_status(cls, model: str, upscale: int, decoder: dict | None = None, vq=None, **_) -> list[str]:
+    def check_lazy_status(
+        cls, model: str, upscale: int, decoder: dict | None = None, vq=None, engine: str = AUTO, **_
+    ) -> list[str]:
         choice = (decoder or {}).get("decoder")  # ComfyUI leaves out a choice that does not exist
         part = _part({"decoder": choice[0] if isinstance(choice, tuple) else choice})
         if vq is not None:
             return []
-        host.check_codes(cls.hidden.dynprompt, model, lambda used: check_decode(used, part, upscale))
+
+        def check(used: Checkpoint) -> None:
+            check_decode(used, part, upscale)
+            check_engine(used, part, engine)
+
+        host.check_codes(cls.hidden.dynprompt, model, check)
         return ["vq"]
 
     @classmethod
@@ -212,7 +228,7 @@ class ZImageDecode(io.ComfyNode):
 
     @classmethod
     @host.explains
-    def execute(cls, vq, model, decoder, guidance, seed, upscale) -> io.NodeOutput:
+    def execute(cls, vq, model, decoder, guidance, seed, upscale, engine=AUTO) -> io.NodeOutput:
         model = host.model_of_codes(model, vq)
         part, sampler = _part(decoder), Sampler(decoder.get("sampler", Sampler.ODE.value))
         options = DecodeOptions(decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"))
@@ -222,8 +238,7 @@ class ZImageDecode(io.ComfyNode):
             require_same(grid, checkpoint)
         host.warn(checkpoint.image_sizes.doubt_grid("drawing", vq[0]))
         on_step = host.progress()
-        decoder, vae = host.image_part(model, part), host.image_part(model, Part.VAE)
-        working = Decoder.working_bytes(checkpoint, part, vq, options, decoder.load_device)
+        (decoder, working), vae = host.decoder(model, part, engine, vq, options), host.image_part(model, Part.VAE)
         latents = decoder.get(on_step, working).sample(vq, options, on_step)
         working = VAE.working_bytes(checkpoint, latents, vae.load_device)
         return io.NodeOutput(vae.get(on_step, working).decode(latents, on_step))

@@ -15,7 +15,7 @@ from .folders import (
 )
 from .graph import JOIN, check_codes, check_one_codebook, given, is_linked, listed, wanted_picture
 from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
-from .memory import ManagedBackbone, ManagedPart, backbone, image_part
+from .memory import ManagedBackbone, ManagedPart, backbone, decoder, image_part
 from .preview import appearing
 from .progress import explains, progress, progress_text, readings, tell, warn
 from .validation import refusal
@@ -35,6 +35,7 @@ __all__ = [
     "check_one_codebook",
     "check_prefix",
     "checkpoint",
+    "decoder",
     "explains",
     "fingerprint",
     "given",
