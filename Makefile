@@ -6,10 +6,11 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+REGISTRY := .venv-registry
 # Test files that run at the same time. Each of the processes may start a ComfyUI and read models: 4 GB of memory each.
 JOBS ?= 2
 
-.PHONY: demo test test-lowest shapes evaluate benchmarks lint clean
+.PHONY: demo test test-lowest shapes evaluate benchmarks lint validate check-tag clean
 
 demo: $(VENV)/.ready
 	$(BIN)/llada2-mlx demo demo
@@ -36,6 +37,16 @@ benchmarks: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet ruff
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# What ComfyUI's registry checks before it takes a version.
+validate: $(REGISTRY)/.ready
+	PATH="$(CURDIR)/$(REGISTRY)/bin:$$PATH" comfy --skip-prompt node validate
+
+# Whether TAG, such as v0.1.0, is the version of pyproject.toml.
+check-tag:
+	$(PYTHON) -c 'import sys, tomllib; v = tomllib.load(open("pyproject.toml", "rb"))["project"]["version"]; \
+	    sys.exit(None if sys.argv[1] == "v" + v else f"The tag {sys.argv[1]} is not v{v}, the version of pyproject.toml.")' "$(TAG)"
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,5 +64,10 @@ $(LOWEST)/.ready: pyproject.toml
 	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/lowest.txt
 	touch $@
 
+$(REGISTRY)/.ready:
+	$(PYTHON) -m venv $(REGISTRY)
+	$(REGISTRY)/bin/python -m pip install --quiet comfy-cli
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) build demo *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(REGISTRY) build demo *.egg-info

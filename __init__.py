@@ -2,6 +2,9 @@
 
 import logging
 
+# What the browser may load: docs/NODE.md is the help page of a node.
+WEB_DIRECTORY = "./web"
+
 
 async def comfy_entrypoint():
     """What ComfyUI calls to get the nodes. Imports no model library: those wait until a node runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from . import __version__, prompts
 from .checkpoint.codebook import doubt, require_same
 from .checkpoint.config import PRECISIONS
 from .checkpoint.hub import is_id
-from .checkpoint.layout import ABSENT, BUILT_IN, HUB_MODEL, Checkpoint, Part, resolve, told
+from .checkpoint.layout import BUILT_IN, COMPLETE, HUB_MODEL, Checkpoint, Part, resolve
 from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 # the words of the command line for what the library calls so; the library itself is imported when it is needed
 SAMPLERS = {"ode": "ODE", "published": "as published"}
+PRESETS = {"custom": "custom", "published": "as published", "balanced": "balanced", "fast": "fast"}
+# what a preset decides, as it is without one; the decoder decides the steps
+WAY = {"sampler": "ode", "solver": "euler", "time_shift": 6.0, "guidance_start": 0.0, "guidance_end": 1.0}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
 PARTS = {part.word: part for part in Part}
 ENGINES = ("auto", "torch", "mlx", "mlx-8bit")
@@ -51,6 +55,11 @@ RANKS = {
     "margin": "top-k margin",
     "entropy": "negative entropy",
     "random": "random",
+}
+
+VERDICTS = {
+    True: "This machine computes what it should.",
+    False: "This machine does NOT compute what it should: see the lines that begin with an exclamation mark, and report them.",
 }
 
 
@@ -279,6 +288,21 @@ def look(a: argparse.Namespace) -> None:
 def download(a: argparse.Namespace) -> None:
     """Get a model from the hub, or the rest of one; check what is there, get what is damaged again, and say where it is."""
     parts = list(PARTS.values()) if "all" in a.parts else [PARTS[name] for name in a.parts]
+    if a.bits is None:
+        with _Bars() as on_step:
+            print(resolve(a.model, *parts, on_step=on_step, verify=True, published=True).root)
+        return
+    from .backbone.fetch import fetch_copy
+
+    if os.path.isdir(os.path.expanduser(a.model)) or not is_id(a.model):
+        raise RequestError(
+            f"{a.model} is no hub id, and only a hub model is converted while it is downloaded. A folder is converted "
+            f"with: llada2-mlx convert {a.model} COPY --bits {a.bits}"
+        )
+    if Part.BACKBONE not in parts:
+        raise RequestError("--bits is about the language model: name backbone among the --parts, or leave --bits out.")
+    with _Bars() as on_step:
+        fetch_copy(a.model, a.bits, on_step, later=[part for part in parts if part is not Part.BACKBONE])
     print(_resolve(a, *parts, verify=True).root)
 
 
@@ -286,10 +310,10 @@ def info(a: argparse.Namespace) -> None:
     """Say what a model folder holds."""
     checkpoint = _resolve(a)
     print(f"folder: {checkpoint.root}")
-    states = {part: _state(checkpoint, part) for part in Part}
+    states = {part: checkpoint.state(part) for part in Part}
     for part, state in states.items():
         print(f"{part.value}: {state}")
-    if states[Part.BACKBONE] == "complete":
+    if states[Part.BACKBONE].startswith(COMPLETE):
         backbone = _backbone(a, checkpoint)
         print(f"weights: {backbone.size / 1e9:.2f} GB as {backbone.precision}")
         side = checkpoint.image_sizes.drawing or DEFAULT_DRAWING
@@ -297,17 +321,38 @@ def info(a: argparse.Namespace) -> None:
         print(json.dumps(asdict(backbone.config), indent=1))
 
 
-def _state(checkpoint: Checkpoint, part: Part) -> str:
-    """How complete a part is, in a few words."""
-    try:
-        faults = checkpoint.faults(part)
-    except LLaDA2Error as error:
-        return str(error)
-    if not faults:
-        return "complete"
-    if set(faults.values()) == {ABSENT}:
-        return f"missing {', '.join(faults)}"
-    return f"incomplete: {told(faults)}"
+def doctor(a: argparse.Namespace) -> int:
+    """Say what this machine is, what is known to be wrong with its packages, and whether it computes what it should."""
+    from .checkup import doctor
+
+    found, section = [], ""
+    for line in doctor.examine([*map(Path, a.models), *doctor.beside_comfyui()], _device(a)):
+        found.append(line)
+        if a.json:
+            continue
+        if line.section != section:
+            print(f"{line.section}:")
+        section = line.section
+        print(line, flush=True)
+    said = doctor.as_json(found)
+    print(json.dumps(said, indent=1) if a.json else VERDICTS[said["ok"]])
+    return 0 if said["ok"] else 1
+
+
+def bench(a: argparse.Namespace) -> None:
+    """Measure every stage on this machine, and print figures to paste into an issue."""
+    from .checkup import bench
+
+    if a.json:
+        _writable(a.json, ".json")
+    checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
+    options, backbone = _decode_options(a, checkpoint), _backbone(a, checkpoint)
+    part, device, name = DECODERS[a.decoder][0], _device(a), _name(a.model)
+    with _Bars() as on_step:
+        figures = bench.measure(checkpoint, backbone, part, options, device, a.size, name, on_step, a.runs)
+    if a.json:
+        _write(Path(a.json), json.dumps(figures.as_json(), indent=1))
+    print(bench.to_markdown(figures))
 
 
 def demo(a: argparse.Namespace) -> None:
@@ -323,7 +368,7 @@ def demo(a: argparse.Namespace) -> None:
 def convert(a: argparse.Namespace) -> None:
     """Write a smaller copy of a model: its language model with few bits, its decoders too if asked, the rest linked."""
     from .backbone.convert import add_parts, convert, is_current
-    from .imaging.decoder import folder_of
+    from .imaging.decoder import decoder_folder
     from .imaging.decoder_copy import convert_decoder
     from .worker import MLXWorker
 
@@ -333,7 +378,9 @@ def convert(a: argparse.Namespace) -> None:
             worker.drive(convert(source, copy.root, a.bits, a.group_size), on_step)
         for part in (Part.DECODER, Part.DECODER_TURBO) if a.decoder_bits == 8 else ():
             if not source.missing(part):
-                worker.drive(convert_decoder(source.root / folder_of(part), copy.root / folder_of(part)), on_step)
+                worker.drive(
+                    convert_decoder(source.root / decoder_folder(part), copy.root / decoder_folder(part)), on_step
+                )
         worker.drive(add_parts(source, copy.root), on_step)
     print(f"{a.destination}: {sum(path.stat().st_size for path in copy.files(Part.BACKBONE)) / 1e9:.2f} GB")
     if absent := [part.value for part in Part if copy.missing(part)]:
@@ -377,7 +424,16 @@ class _Bars:
 
 
 def _resolve(a: argparse.Namespace, *parts: Part, verify: bool = False) -> Checkpoint:
+    precision = getattr(a, "precision", "auto")
     with _Bars() as on_step:
+        if Part.BACKBONE in parts and precision.endswith("bit"):
+            from .backbone.fetch import fetch_copy, needs_fetching
+            from .backbone.precision import BITS
+
+            if needs_fetching(a.model, precision):
+                fetch_copy(
+                    a.model, BITS[precision], on_step, later=[part for part in parts if part is not Part.BACKBONE]
+                )
         return resolve(a.model, *parts, on_step=on_step, verify=verify)
 
 
@@ -481,7 +537,9 @@ def _save_picture(a: argparse.Namespace, image: Image.Image, path: str, options:
     local = ("model", "image", "codes", "output")
     parameters |= {key: _name(parameters[key]) for key in local if key in parameters}
     parameters |= {"others": [_name(path) for path in parameters["others"]]} if "others" in parameters else {}
-    parameters |= {"decoder_steps": options.steps, "version": __version__, **more}
+    way = {"decoder_steps": options.steps} | {name: getattr(options, name) for name in WAY}
+    way["sampler"] = next(word for word, name in SAMPLERS.items() if name == options.sampler.value)
+    parameters |= way | {"version": __version__, **more}
     metadata = PngInfo()
     metadata.add_itxt("parameters", json.dumps(parameters, default=str, ensure_ascii=False))
     with replacing(Path(path)) as partial:
@@ -558,16 +616,29 @@ def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGri
     """The decoder's options, after all that can be checked before the work."""
     from .imaging.decoder import check_decode
     from .imaging.engine import check_engine
-    from .imaging.flow import DecodeOptions, Sampler
+    from .imaging.flow import DecodeOptions, Sampler, with_preset
 
     _device(a)
+    if a.preset != "custom":
+        _check_preset(a)
     check_decode(checkpoint, DECODERS[a.decoder][0], a.upscale, grids)
     check_engine(checkpoint, DECODERS[a.decoder][0], a.engine)
     for grid in grids:
         require_same(grid, checkpoint)
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
-    more = {"time_shift": a.time_shift, "guidance_start": a.guidance_start, "guidance_end": a.guidance_end}
-    return DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, Sampler(SAMPLERS[a.sampler]), a.solver, **more)
+    way = {name: default if getattr(a, name) is None else getattr(a, name) for name, default in WAY.items()}
+    way["sampler"] = Sampler(SAMPLERS[way["sampler"]])
+    way["cache_threshold"] = a.cache_threshold
+    return with_preset(DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, **way), PRESETS[a.preset])
+
+
+def _check_preset(a: argparse.Namespace) -> None:
+    """A preset decides alone, and for the full decoder."""
+    if a.decoder != "full":
+        raise RequestError(f"--preset {a.preset} is of the full decoder. Add --decoder full, or leave the preset out.")
+    if given := [name for name in ("decoder_steps", *WAY) if getattr(a, name) is not None]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RequestError(f"--preset {a.preset} decides {flags} too. Leave out the one or the other.")
 
 
 def _sampling(a: argparse.Namespace) -> Sampling:
@@ -642,30 +713,49 @@ def _parser() -> argparse.ArgumentParser:
     to_file = argparse.ArgumentParser(add_help=False)
     to_file.add_argument("-o", "--output", default="picture.png", help="the PNG file to write (default: picture.png)")
 
-    decoding = argparse.ArgumentParser(add_help=False)
-    decoding.add_argument("--decoder", choices=DECODERS, default="turbo", help="default: turbo")
-    decoding.add_argument(
+    in_engine = argparse.ArgumentParser(add_help=False)
+    in_engine.add_argument(
         "--engine",
         choices=ENGINES,
         default="auto",
         help="what the decoder runs in; mlx-8bit makes a copy of half the size on first use; auto: on a Mac what fits, else torch",
     )
+
+    decoding = argparse.ArgumentParser(add_help=False)
+    decoding.add_argument("--decoder", choices=DECODERS, default="turbo", help="default: turbo")
     decoding.add_argument("--decoder-steps", type=int, help="default: 50 full, 8 turbo")
     decoding.add_argument("--decoder-guidance", type=float, default=1.0, help="1: as published, 0: none (default: 1)")
     decoding.add_argument(
-        "--sampler", choices=SAMPLERS, default="ode", help="published: fresh noise at each step (default: ode)"
+        "--preset",
+        choices=PRESETS,
+        default="custom",
+        help="of the full decoder, in place of its steps, solver, time shift and interval of guidance; network calls with "
+        "guidance: published 98, balanced 48, fast 24. custom: what the other options say (default)",
     )
     decoding.add_argument(
-        "--solver", default="euler", help="of the ODE: ab2, dpmpp_2m, unipc_2, or torchdiffeq's (default: euler)"
+        "--sampler", choices=SAMPLERS, help=f"published: fresh noise at each step (default: {WAY['sampler']})"
     )
-    decoding.add_argument("--time-shift", type=float, default=6.0, help="of the ODE's times to the noise (default: 6)")
+    decoding.add_argument(
+        "--solver", help=f"of the ODE: ab2, dpmpp_2m, unipc_2, or torchdiffeq's (default: {WAY['solver']})"
+    )
+    decoding.add_argument(
+        "--time-shift", type=float, help=f"of the ODE's times to the noise (default: {WAY['time_shift']:g})"
+    )
     decoding.add_argument(
         "--guidance-start",
         type=float,
-        default=0.0,
-        help="the time from which the decoder is guided, 0: noise (default: 0)",
+        help=f"the time from which the decoder is guided, 0: noise (default: {WAY['guidance_start']:g})",
     )
-    decoding.add_argument("--guidance-end", type=float, default=1.0, help="and before this, 1: picture (default: 1)")
+    decoding.add_argument(
+        "--guidance-end", type=float, help=f"and before this, 1: picture (default: {WAY['guidance_end']:g})"
+    )
+    decoding.add_argument(
+        "--cache-threshold",
+        type=float,
+        default=0.0,
+        help="step cache of the decoder: up to which part the first layer may have changed for a call to take from an earlier one "
+        "what the other layers add, 0: off (default: 0)",
+    )
     decoding.add_argument(
         "--upscale", type=int, default=2, choices=(1, 2), help="size of the picture over the tokenizer's (default: 2)"
     )
@@ -701,7 +791,7 @@ def _parser() -> argparse.ArgumentParser:
         "picture that is changed",
     )
 
-    p = add(t2i, sampling, guided, sprinting, to_file, decoding)
+    p = add(t2i, sampling, guided, sprinting, to_file, decoding, in_engine)
     p.add_argument("prompt")
     p.add_argument("--width", type=int, default=0, help="pixels; 0: the model's own")
     p.add_argument("--height", type=int, default=0, help="pixels; 0: the model's own")
@@ -731,7 +821,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048, help="of an answer")
 
-    p = add(edit, sampling, guided, sprinting, to_file, decoding, encoding, with_others)
+    p = add(edit, sampling, guided, sprinting, to_file, decoding, in_engine, encoding, with_others)
     p.add_argument("image")
     p.add_argument("instruction")
     p.add_argument("--guidance", type=float, default=4.0, help="of the text")
@@ -753,20 +843,20 @@ def _parser() -> argparse.ArgumentParser:
         f"instruction; or what comes before, and the text describes the picture (default: {default})",
     }
 
-    p = add(redraw, sampling, guided, to_file, decoding, encoding, redrawing)
+    p = add(redraw, sampling, guided, to_file, decoding, in_engine, encoding, redrawing)
     p.add_argument("mask", help="a picture of any size, white where the other is to be redrawn")
     p.add_argument("text")
     p.add_argument("--seeing", **seeing("picture"))
     p.add_argument("--mask-threshold", type=float, default=0.1, help="the part of a code that has to be covered")
     p.add_argument("--mask-grow", type=int, default=0, help="codes by which the mask grows")
 
-    p = add(grow, sampling, guided, to_file, decoding, encoding, redrawing)
+    p = add(grow, sampling, guided, to_file, decoding, in_engine, encoding, redrawing)
     p.add_argument("text")
     p.add_argument("--seeing", **seeing("before"))
     for side in ("left", "top", "right", "bottom"):
         p.add_argument(f"--{side}", type=int, default=0, help="codes to add there")
 
-    p = add(story, sampling, guided, decoding)
+    p = add(story, sampling, guided, decoding, in_engine)
     p.add_argument("prompt")
     p.add_argument(
         "-o",
@@ -788,7 +878,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", default="codes.safetensors")
     p.add_argument("--purpose", choices=PURPOSES, default="understand")
 
-    p = add(decode, to_file, decoding)
+    p = add(decode, to_file, decoding, in_engine)
     p.add_argument("codes")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
 
@@ -805,6 +895,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=(*PARTS, "all"),
         default=ALL_TASKS,
         help=f"default: what drawing, asking and editing need with the turbo decoder: {' '.join(ALL_TASKS)}",
+    )
+    p.add_argument(
+        "--bits",
+        type=int,
+        choices=(4, 6, 8),
+        help="get the language model with so many bits: it is converted while it arrives, and at most three of its files "
+        "lie on the disk at one time, beside the copy; it then runs with these bits alone",
     )
 
     p = add(convert, running=False)
@@ -830,6 +927,21 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     add(info)
+    p = add(doctor, running=False)
+    p.add_argument("--device", help="where PyTorch runs: mps, cuda or cpu; the first that there is if left out")
+    p.add_argument(
+        "--models",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        help="a folder with models in it, such as ComfyUI's models/llada2; may be given several times",
+    )
+    p.add_argument("--json", action="store_true", help="print the same as JSON")
+    p = add(bench, decoding)
+    p.set_defaults(seed=0, engine="torch")
+    p.add_argument("--size", type=int, default=0, help="side of the picture in pixels; 0: the model's own, 512 at most")
+    p.add_argument("--runs", type=int, default=3, help="how often a stage of seconds is run (default: 3)")
+    p.add_argument("--json", metavar="FILE", help="also write the figures to this .json file")
     add(demo).add_argument("folder", nargs="?", default="demo")
     return parser
 

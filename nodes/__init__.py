@@ -6,6 +6,7 @@ from .backbone import LoadLLaDA2Backbone
 from .chat import LLaDA2Chat
 from .generate import LLaDA2Edit, LLaDA2TextToVQ
 from .grids import GRID_NODES
+from .native import LLaDA2LoadZImageDecoder, LLaDA2VQToConditioning
 from .redraw import LLaDA2Grow, LLaDA2Redraw
 from .sprint import LLaDA2Sprint
 from .story import LLaDA2Story
@@ -28,5 +29,7 @@ class LLaDA2Extension(ComfyExtension):
             LLaDA2Story,
             LLaDA2Sprint,
             ZImageDecode,
+            LLaDA2LoadZImageDecoder,
+            LLaDA2VQToConditioning,
             *GRID_NODES,
         ]

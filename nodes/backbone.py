@@ -25,7 +25,8 @@ class LoadLLaDA2Backbone(io.ComfyNode):
                     options=list(PRECISIONS),
                     default="auto",
                     tooltip="auto: the most exact that fits into this machine's memory. 8bit, 6bit and 4bit run from a smaller copy, which is "
-                    "made inside the model's folder on first use. bf16 is what the published model is stored in.",
+                    "made inside the model's folder on first use; of a hub model that is not here yet, while it is downloaded, and then the copy alone is "
+                    "kept. bf16 is what the published model is stored in.",
                 ),
             ],
             outputs=[BackboneSocket.Output("backbone", tooltip="For the text-to-VQ, understand and edit nodes.")],

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..llada2_mlx.checkpoint.layout import Part
 from ..llada2_mlx.shapes.world import SUMMARY
 from . import host
 
@@ -17,6 +18,8 @@ ChatSocket = io.Custom("LLADA2_CHAT")
 
 # How many inputs for pictures LLaDA2JoinVQ can grow; each takes a batch.
 MOST_JOINED = 32
+# What a choice of a decoder is called in a node.
+DECODERS = {"full": Part.DECODER, "turbo": Part.DECODER_TURBO}
 # A ``llada2_mlx.backbone.sprint.Sprint``.
 SprintSocket = io.Custom("LLADA2_SPRINT")
 
@@ -32,7 +35,7 @@ def model_input(what: str, own: str | None = None) -> io.Combo.Input:
     return io.Combo.Input(
         "model",
         options=host.model_names(),
-        tooltip=f"Whose {what} to use: a folder under models/llada2, the built-in model, or the hub's, which is downloaded on first use. "
+        tooltip=f"Whose {what} to use: a folder under models/llada2, the built-in model, or one of the hub, which is downloaded on first use; models/llada2/hub.txt can name more, one id a line. "
         f"{host.BUILT_IN} is a toy to try the nodes with: it knows {SUMMARY}.",
     )
 
@@ -44,6 +47,17 @@ def pictures_input(tooltip: str, optional: bool = False) -> io.Input:
 
 def seed_input(effect: str, after: bool | io.ControlAfterGenerate = True) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=after, tooltip=effect)
+
+
+def upscale_input() -> io.Int.Input:
+    """The side of a decoded picture over that of the tokenizer's."""
+    return io.Int.Input(
+        "upscale",
+        default=2,
+        min=1,
+        max=2,
+        tooltip="2: twice the size that the tokenizer sees (32 pixels per code). 1: its size.",
+    )
 
 
 def token_seed_input() -> io.Int.Input:

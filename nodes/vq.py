@@ -7,16 +7,24 @@ from ..llada2_mlx.checkpoint.layout import Checkpoint, Part
 from ..llada2_mlx.errors import RequestError
 from ..llada2_mlx.imaging.decoder import check_decode
 from ..llada2_mlx.imaging.engine import AUTO, ENGINES, check_engine
-from ..llada2_mlx.imaging.flow import SOLVERS, DecodeOptions, Sampler
+from ..llada2_mlx.imaging.flow import CUSTOM, PRESETS, SOLVERS, DecodeOptions, Sampler, with_preset
 from ..llada2_mlx.imaging.pixels import to_images
 from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, SMALLEST_SIDE, UNIT, Purpose, prepare_for, side_or_own, use_of
 from ..llada2_mlx.imaging.vae import VAE
 from ..llada2_mlx.vq import GridSet
 from . import host
-from .sockets import MOST_JOINED, BackboneSocket, VQSetSocket, VQSocket, model_input, seed_input
+from .sockets import (
+    DECODERS,
+    MOST_JOINED,
+    BackboneSocket,
+    VQSetSocket,
+    VQSocket,
+    model_input,
+    seed_input,
+    upscale_input,
+)
 
 _PURPOSES = [purpose.value for purpose in Purpose]
-_PARTS = {"full": Part.DECODER, "turbo": Part.DECODER_TURBO}
 
 
 class SigLIPVQEncode(io.ComfyNode):
@@ -179,13 +187,8 @@ class ZImageDecode(io.ComfyNode):
                 seed_input(
                     "Of the decoder's noise. One seed gives one picture on every machine; in a batch, picture i uses seed + i."
                 ),
-                io.Int.Input(
-                    "upscale",
-                    default=2,
-                    min=1,
-                    max=2,
-                    tooltip="2: twice the size that the tokenizer sees (32 pixels per code). 1: its size.",
-                ),
+                upscale_input(),
+                *_path_inputs(),
                 io.Combo.Input(
                     "engine",
                     options=list(ENGINES),
@@ -208,10 +211,12 @@ class ZImageDecode(io.ComfyNode):
     @classmethod
     @host.explains
     def check_lazy_status(
-        cls, model: str, upscale: int, decoder: dict | None = None, vq=None, engine: str = AUTO, **_
+        cls, model: str, upscale: int, decoder: dict | None = None, vq=None, engine: str = AUTO, **given
     ) -> list[str]:
+        DecodeOptions(**{name: given[name] for name in _PATH if name in given})  # says what is out of range
         choice = (decoder or {}).get("decoder")  # ComfyUI leaves out a choice that does not exist
         part = _part({"decoder": choice[0] if isinstance(choice, tuple) else choice})
+        _check_preset(given.get("preset", CUSTOM), part)
         if vq is not None:
             return []
 
@@ -228,10 +233,14 @@ class ZImageDecode(io.ComfyNode):
 
     @classmethod
     @host.explains
-    def execute(cls, vq, model, decoder, guidance, seed, upscale, engine=AUTO) -> io.NodeOutput:
+    def execute(cls, vq, model, decoder, guidance, seed, upscale, preset=CUSTOM, engine=AUTO, **path) -> io.NodeOutput:
         model = host.model_of_codes(model, vq)
         part, sampler = _part(decoder), Sampler(decoder.get("sampler", Sampler.ODE.value))
-        options = DecodeOptions(decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"))
+        options = DecodeOptions(
+            decoder["steps"], guidance, seed, upscale, sampler, decoder.get("solver", "euler"), **path
+        )
+        _check_preset(preset, part)
+        options = with_preset(options, preset)
         checkpoint = host.checkpoint(model, part, Part.VAE)
         check_decode(checkpoint, part, upscale, vq)
         for grid in vq:
@@ -239,14 +248,89 @@ class ZImageDecode(io.ComfyNode):
         host.warn(checkpoint.image_sizes.doubt_grid("drawing", vq[0]))
         on_step = host.progress()
         (decoder, working), vae = host.decoder(model, part, engine, vq, options), host.image_part(model, Part.VAE)
-        latents = decoder.get(on_step, working).sample(vq, options, on_step)
+        show = host.appearing_latent(checkpoint, on_step)
+        latents = (network := decoder.get(on_step, working)).sample(vq, options, on_step, show)
+        if network.skipped_calls:
+            of = f" of {options.network_calls * len(vq)}" if options.network_calls else ""
+            host.tell(f"The step cache saved {network.skipped_calls}{of} network calls.")
+        del network
         working = VAE.working_bytes(checkpoint, latents, vae.load_device)
         return io.NodeOutput(vae.get(on_step, working).decode(latents, on_step))
+
+
+# What comes after the first inputs, named as in ``DecodeOptions``; a graph that was saved before has none of it.
+_PATH = ("time_shift", "guidance_start", "guidance_end", "cache_threshold")
+
+
+def _path_inputs() -> list[io.Input]:
+    """How the ODE's times are spaced, where in them there is guidance, and which calls are saved."""
+    late = lambda name, least, most, step, tooltip: io.Float.Input(
+        name,
+        default=getattr(DecodeOptions, name),
+        min=least,
+        max=most,
+        step=step,
+        advanced=True,
+        optional=True,
+        tooltip=tooltip,
+    )
+    return [
+        late(
+            "time_shift",
+            1.0,
+            100.0,
+            0.1,
+            "How far the ODE's points of time are moved towards the noise: 6 as published, 1 leaves them even. "
+            "With ab2 and few steps, 1 comes closest to the exact solution. Turbo as published does not use it.",
+        ),
+        late(
+            "guidance_start",
+            0.0,
+            1.0,
+            0.01,
+            "The time from which there is guidance, from 0 (noise) to 1 (picture). Before it a call costs half.",
+        ),
+        late(
+            "guidance_end",
+            0.0,
+            1.0,
+            0.01,
+            "The time from which there is no guidance any more, from 0 (noise) to 1 (picture). After it a call costs half.",
+        ),
+        _preset_input(),
+        late(
+            "cache_threshold",
+            0.0,
+            1.0,
+            0.01,
+            "Step cache: a call in which the first layer adds nearly the same as before, up to this part, takes from an earlier call what the other "
+            "layers add. 0: off. 0.05 to 0.1 saves calls where steps are many; with few steps, and with turbo, leave it off.",
+        ),
+    ]
+
+
+def _preset_input() -> io.Combo.Input:
+    calls = "; ".join(f"{name} {preset.network_calls}" for name, preset in PRESETS.items())
+    return io.Combo.Input(
+        "preset",
+        options=[CUSTOM, *PRESETS],
+        default=CUSTOM,
+        optional=True,
+        tooltip=f"Of the full decoder; network calls with guidance: {calls}. A preset wins over steps, solver, time shift and the start and end of "
+        f"guidance on this node. {CUSTOM}: those decide, and untouched they are as published. For turbo leave it at {CUSTOM}.",
+    )
+
+
+def _check_preset(preset: str, part: Part) -> None:
+    if preset != CUSTOM and part is not Part.DECODER:
+        raise RequestError(
+            f"The preset {preset!r} is of the full decoder. Choose the decoder full, or set preset to {CUSTOM}."
+        )
 
 
 def _part(decoder: dict) -> Part:
     """The part behind the choice of a decoder, which comes with the inputs of its own."""
     key = decoder.get("decoder")
-    if key not in _PARTS:
-        raise RequestError(f"The decoder has to be {' or '.join(_PARTS)}, with the inputs that belong to it.")
-    return _PARTS[key]
+    if key not in DECODERS:
+        raise RequestError(f"The decoder has to be {' or '.join(DECODERS)}, with the inputs that belong to it.")
+    return DECODERS[key]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, urlsplit
+
+import huggingface_hub
+import pytest
 
 PAGE = b"<!doctype html><html><title>Sign in</title>Welcome to this network. Please sign in.</html>"
 
@@ -38,6 +43,8 @@ class Hub:
         pause: seconds to wait after each 4096 bytes of a large file.
         instead: name of a file, or "api" -> what another server answers in the place of its content.
         changed: what is made of the hub's description of the model.
+        slow: names of large files that come with a second after each 4096 bytes.
+        on_request: called at the beginning of each request.
     """
 
     def __init__(self, folder: Path, repo: str):
@@ -48,6 +55,8 @@ class Hub:
         self.pause = 0.0
         self.instead: dict[str, Answer] = {}
         self.changed: Callable[[dict], object] = lambda about: about
+        self.slow: set[str] = set()
+        self.on_request: Callable[[], object] = lambda: None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
 
@@ -61,6 +70,10 @@ class Hub:
 
     def names(self) -> list[str]:
         return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+
+    def blobs(self) -> dict[str, str]:
+        """What a cache calls the content of each file."""
+        return {name: sum_of(self.folder / name) for name in self.names()}
 
     def fetched(self) -> set[str]:
         """The files whose content was asked for."""
@@ -82,6 +95,13 @@ def is_large(name: str) -> bool:
 
 def sum_of(path: Path) -> str:
     """What the hub calls a file's content: SHA-256 for a large one, git's SHA-1 for a small one."""
+    about = path.stat()
+    return _sum_of(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(1024)
+def _sum_of(path: Path, size: int, changed: int) -> str:
+    """Computed once until a file's size or its time changes: tests ask again and again."""
     content = path.read_bytes()
     if is_large(path.name):
         return hashlib.sha256(content).hexdigest()
@@ -101,6 +121,26 @@ def serving(folder: Path, repo: str) -> Iterator[Hub]:
         thread.join()
 
 
+def talk_to(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the client in this process talk to ``hub``, with a cache of its own."""
+    constants = "huggingface_hub.constants."
+    monkeypatch.setattr(constants + "ENDPOINT", hub.address)
+    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(constants + "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants + "DOWNLOAD_CHUNK_SIZE", 4096)  # the files here are smaller than its own 10 MB
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    huggingface_hub.close_session()
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment of a program that talks to ``hub``, with a cache of its own."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return kept | {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
+
+
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -113,6 +153,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def answer(self) -> None:
             url, asked = urlsplit(self.path), self.headers.get("Range")
+            hub.on_request()
             hub.requests.append(f"{self.command} {url.path}{' ' + asked if asked else ''}")
             api, model = f"/api/models/{hub.repo}", f"/{hub.repo}/resolve/"
             if url.path == "/sign-in":
@@ -188,12 +229,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if self.command == "HEAD":
                 return
             cut = hub.cut.get(name, len(content))
-            if not is_large(name) or not (hub.pause or name in hub.cut):
+            if not is_large(name) or not (hub.pause or name in hub.cut or name in hub.slow):
                 self.wfile.write(content)
                 return
             for begin in range(0, min(cut, len(content)), 4096):
                 self.wfile.write(content[begin : min(begin + 4096, cut)])
-                time.sleep(hub.pause)
+                time.sleep(1 if name in hub.slow else hub.pause)
             if cut < len(content):
                 self.close_connection = True
 

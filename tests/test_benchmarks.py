@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks import breakdown, model, upstream
+from benchmarks import breakdown, model, upstream, working
 from benchmarks.__main__ import main
 from benchmarks.measure import Case, compare, ours, picture, question
 
@@ -65,3 +65,11 @@ def test_the_command_writes_json(
     bytes_of = precisions["details"]["weight_bytes"]
     assert bytes_of["float32"] >= bytes_of["bf16"] > bytes_of["8bit"] > bytes_of["6bit"] > bytes_of["4bit"]
     assert "not installed" in theirs["notes"][0] and theirs["notes"][0] in told
+
+
+def test_work_grows_with_what_runs_together() -> None:
+    """The first step takes the prompt along; a later one has its block alone, and the keys and values."""
+    alone, together = (working.peaks(working.SMALL, 96, branches) for branches in (1, 2))
+    assert (alone.positions, together.positions) == (128, 256)
+    assert 1.7 * alone.most < together.most < 2.3 * alone.most
+    assert alone.later < alone.most / 2

@@ -26,6 +26,7 @@ from llada2_mlx import cli, imaging, prompts
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.codebook import origin
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part
+from llada2_mlx.imaging.flow import CUSTOM, PRESETS, DecodeOptions
 from llada2_mlx.imaging.look import look, palette
 from llada2_mlx.shapes import gallery
 from llada2_mlx.vq import VQGrid
@@ -272,7 +273,7 @@ def test_to_codes_and_back(run) -> None:
         ("--decoder", "full", "--decoder-steps", "3"),
         ("--sampler", "published", "--decoder-guidance", "0"),
         ("--solver", "ab2", "--time-shift", "1", "--guidance-start", "0.2", "--guidance-end", "0.8"),
-        ("--solver", "midpoint"),
+        ("--solver", "midpoint", "--cache-threshold", "0.2"),
     ):
         assert run("decode", "codes.safetensors", *words, "-o", "back.png")[1] == "back.png: 256 x 320 pixels\n"
 
@@ -301,6 +302,34 @@ def test_the_decoder_runs_in_either_engine_and_with_8_bits(run) -> None:
     assert "Decoder: MLX, because this one has 8 bits" in said and 0 < np.abs(found - expected).mean() < 2
     status, _, err = run("decode", "codes.safetensors", "--model", "small", "--engine", "torch")
     assert status == 1 and "has 8 bits, which only MLX runs. Choose the engine auto or mlx" in err
+
+
+def test_a_preset_is_its_options_and_travels_with_the_picture(run) -> None:
+    VQGrid(np.arange(80).reshape(8, 10), 256).save("codes.safetensors")
+    words, pictures, fast = ("decode", "codes.safetensors", "--decoder", "full", "--upscale", "1"), {}, PRESETS["fast"]
+    steps = ("--decoder-steps", str(fast.steps))
+    for name, way in (
+        ("preset", ("--preset", "fast")),
+        ("same", (*steps, "--solver", fast.solver, "--time-shift", str(fast.time_shift))),
+        ("other", steps),
+    ):
+        assert run(*words, *way, "-o", f"{name}.png")[0] == 0
+        with Image.open(f"{name}.png") as image:
+            pictures[name], told = image.tobytes(), json.loads(image.text["parameters"])
+        assert (told["decoder_steps"], told["sampler"]) == (fast.steps, "ode")
+        assert told["solver"] == ("euler" if name == "other" else fast.solver)
+    assert pictures["preset"] == pictures["same"] != pictures["other"]
+
+
+def test_the_help_says_what_a_preset_calls(run, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run("decode", "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    for word, name in cli.PRESETS.items():
+        assert name == CUSTOM or f"{word} {PRESETS[name].network_calls}" in said
+    assert [*cli.PRESETS.values()] == [CUSTOM, *PRESETS]
+    usual = {name: getattr(DecodeOptions(), name) for name in cli.WAY}
+    assert cli.WAY | {"sampler": cli.SAMPLERS[cli.WAY["sampler"]]} == usual | {"sampler": usual["sampler"].value}
 
 
 def test_a_look_at_codes(run) -> None:
@@ -333,6 +362,12 @@ def test_what_a_model_is(run) -> None:
         (("story", "a cat", "--decoder-steps", "0"), "steps"),
         (("t2i", "a cat", "--guidance-start", "0.6", "--guidance-end", "0.2"), "start before the end"),
         (("t2i", "a cat", "--time-shift", "0.5"), "time shift"),
+        (("t2i", "a cat", "--cache-threshold", "2"), "cache threshold"),
+        (("t2i", "a cat", "--preset", "fast"), "--preset fast is of the full decoder. Add --decoder full"),
+        (
+            ("t2i", "a cat", "--decoder", "full", "--preset", "fast", "--solver", "ab2", "--decoder-steps", "9"),
+            "decides --decoder-steps, --solver too",
+        ),
         (("t2i", "a cat", "--width", "100"), "multiples of 32"),
         (("t2i", "a cat", "--steps", "0"), "steps is 0"),
         (("t2i", "a cat", "--guidance", "-1"), "guidance scale is -1"),

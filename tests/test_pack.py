@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "llada2_mlx"
@@ -34,7 +36,7 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
 def test_the_library_knows_nothing_of_comfyui_and_the_pack_imports_itself_relatively(path: Path) -> None:
     names = {name.partition(".")[0] for name in imports(path)}
     assert "llada2_mlx" not in names and "nodes" not in names  # the pack has another name inside ComfyUI
-    comfy = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server"} & names
+    comfy = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"} & names
     if path.is_relative_to(LIBRARY):
         assert not comfy
     elif path.parent.name != "host":
@@ -50,7 +52,7 @@ FLOORS = (
     {"prompts"},
     {"tasks"},
     {"chat", "story"},
-    {"shapes", "terminal"},
+    {"checkup", "shapes", "terminal"},
     {"cli"},
 )
 
@@ -136,3 +138,106 @@ def test_every_workflow_comes_in_both_forms_with_a_thumbnail() -> None:
         # what the canvas knows as an API graph: nothing but nodes
         graph = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())
         assert all(node["class_type"] and isinstance(node["inputs"], dict) for node in graph.values())
+
+
+@cache
+def sentences(path: Path) -> list[str]:
+    """The texts in a file of code, with "…" for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+HELP = [*sorted((ROOT / "web" / "docs").glob("*.md")), ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("path", HELP, ids=lambda path: path.stem)
+def test_a_page_for_users_shows_pictures_that_are_there_and_quotes_what_the_code_says(path: Path) -> None:
+    text = path.read_text()
+    for link in re.findall(r"^!\[[^]]+\]\(([^)]+)\)", text, re.MULTILINE):
+        assert (path.parent / link).exists(), link
+    said = [sentence for module in MODULES for sentence in sentences(module)]
+    quotes = re.findall(r'^(?:\| |- )"(.+?)"(?: \||: )', text, re.MULTILINE)
+    for quote in quotes:
+        pattern = re.compile(".+?".join(map(re.escape, quote.strip("… ").split("…"))))
+        assert any(pattern.search(sentence) for sentence in said), quote
+    assert len(quotes) >= 1 or path.stem in ("LLaDA2FlipVQ", "LLaDA2Sprint")  # which refuse nothing
+
+
+def travels() -> set[str]:
+    """The files that the registry gets: those in git, less what .comfyignore names in git's own patterns."""
+    listed = lambda *more: subprocess.run(
+        ["git", "ls-files", "--cached", *more], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    return set(listed()) - set(listed("--ignored", "--exclude-from=.comfyignore"))
+
+
+def test_what_the_registry_gets_is_all_that_runs_and_no_more() -> None:
+    files = travels()
+    developers = {path for path in files if path.startswith(("tests/", "docs/", ".")) or "training" in path}
+    assert not developers
+    for needed in ("__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        assert needed in files
+    for folder in ("nodes", "web/docs", "locales/ja", "workflows/api", "llada2_mlx/builtin/shapes/vae"):
+        assert any(path.startswith(f"{folder}/") for path in files), folder
+    assert sum((ROOT / path).stat().st_size for path in files) < 25e6
+    staying = lambda name: name.startswith("shapes.training")
+    graph = library_imports()
+    assert not [name for name, targets in graph.items() if not staying(name) and any(map(staying, targets))]
+
+
+def test_the_registrys_name_and_versions_are_what_it_allows() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    name = project["project"]["name"]
+    assert re.fullmatch(r"[a-z]+(?:[-_.]?[a-z0-9]+)*", name) and "comfy" not in name and len(name) < 100
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", project["tool"]["comfy"]["requires-comfyui"])
+    for address in (
+        *project["project"].get("urls", {}).values(),
+        *map(project["tool"]["comfy"].get, ("Icon", "Banner")),
+    ):
+        assert address is None or address.startswith("https://")
+
+
+def test_the_continuous_integration_calls_make_and_nothing_else() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert [path.stem for path in files] == ["publish", "test"]
+    for path in files:
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            commands = [step["run"] for step in job["steps"] if "run" in step]
+            assert commands and all(command.startswith("make ") for command in commands), path
+            called = {command.split()[1] for command in commands if "matrix" not in command}
+            assert called | set(job.get("strategy", {}).get("matrix", {}).get("target", ())) <= targets, path
+
+
+def test_the_workflows_say_which_pack_of_the_registry_their_nodes_are_of() -> None:
+    """By this a manager finds the pack for someone who opens a workflow and does not have it."""
+    name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
+    ours = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
+    for path in (ROOT / "workflows").glob("*.json"):
+        nodes = [node for node in json.loads(path.read_text())["nodes"] if node["type"] in ours]
+        assert nodes and {node["properties"].get("cnr_id") for node in nodes} == {name}, path.name
+
+
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))],
+    ids=lambda path: path.stem,
+)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target, anchor in LINK.findall(path.read_text()):
+        if target.startswith("https://"):
+            continue
+        page = path.parent / target if target else path
+        assert page.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], anchor

@@ -11,8 +11,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ import mlx.core as mx
 from filelock import Timeout
 from mlx.utils import tree_flatten
 
+from .. import __version__
 from ..checkpoint.config import BackboneConfig
-from ..checkpoint.layout import INDEX, Checkpoint, Part, safetensors_header, visible
+from ..checkpoint.hub import repo_of
+from ..checkpoint.layout import INDEX, WEIGHTS, Checkpoint, Part, safetensors_header, visible
 from ..errors import CheckpointError, LLaDA2Error, RequestError
 from ..files import locked, replacing
 from ..progress import Progress, amount
@@ -30,12 +34,13 @@ from .weights import Reader, check_backbone
 
 STATE = "conversion.json"  # in a copy: what it was made of, and how, and which files were made
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]+\.partial")  # what ``replacing`` calls a file that it writes
+README = "README.md"  # in a copy that stands alone
 WHOLE = 16  # bits that stand for bf16
 
 
 def own_copy(checkpoint: Checkpoint, bits: int) -> Path:
     """Where the copy lies that is made by itself: inside the model's folder, or in the user's cache if that is read-only."""
-    inside = checkpoint.root / f"mlx-{bits}bit"
+    inside = checkpoint.copy_folder(bits)
     if os.access(checkpoint.root, os.W_OK) or is_current(inside, checkpoint, bits):
         return inside
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -43,8 +48,17 @@ def own_copy(checkpoint: Checkpoint, bits: int) -> Path:
 
 
 def is_current(copy: Path, checkpoint: Checkpoint, bits: int, group_size: int = GROUP_SIZE) -> bool:
-    """Whether ``copy`` is whole, and is what would be made of what ``checkpoint`` holds now."""
-    if _origin(copy) != _wanted(checkpoint, bits, group_size):
+    """Whether ``copy`` is whole, and is what would be made of what ``checkpoint`` holds now.
+
+    Weights that the checkpoint does not have are taken for those that the copy was made of.
+    """
+    wanted, origin = _wanted(checkpoint, bits, group_size), _origin(copy)
+    if origin is None or not isinstance(origin.get("source"), dict):
+        return False
+    gone = {name for name in origin["source"] if name == INDEX or fnmatchcase(name, WEIGHTS)} - wanted["source"].keys()
+    if gone and not checkpoint.is_copy_alone:
+        return False
+    if origin | {"source": {k: v for k, v in origin["source"].items() if k not in gone}} != wanted:
         return False
     try:
         return bool(Checkpoint(copy).require(Part.BACKBONE).backbone_tensors())
@@ -58,7 +72,8 @@ def convert(
     """Write a copy of a backbone, with its config and text tokenizer. It loads by itself.
 
     Args:
-        checkpoint: stored in bf16, float16, float32 or float8; not quantised itself.
+        checkpoint: stored in bf16, float16, float32 or float8; not quantised itself. Where only a smaller copy of its
+            weights is here, that is what is copied.
         copy: the folder to make.
         bits: 4, 6 or 8 for the experts, see ``precision.scheme``; 16 keeps everything in bf16.
         replace: whether a copy that is there may be replaced, at the very end; it is given back if it is current.
@@ -72,67 +87,160 @@ def convert(
             a tensor holds values that are not finite.
         LLaDA2Error: another program is writing the copy, or it cannot be written; what is done is kept.
     """
-    config, source_block = checkpoint.require(Part.BACKBONE).config, checkpoint.quantization
-    if source_block is not None:
-        stated = check_block(source_block, f"{checkpoint.root / 'config.json'}")
-        raise RequestError(
-            f"{checkpoint.root} is quantised to {stated['bits']} bits already; convert the model it was made of."
-        )
+    config, ready = checkpoint.require(Part.BACKBONE).config, _ready(checkpoint, bits, group_size)
+    if ready is None:
+        require_whole(checkpoint)
     copy = copy.resolve()  # a link to another disk stays one
     if copy.exists() and not replace:
         raise RequestError(f"{copy} is there already. Delete it, or choose another place.")
-    if copy.exists() and _state(copy) is None:
+    if not is_current(copy, checkpoint, bits, group_size):
+        require_place(copy)
+    block = block_of(checkpoint, bits, group_size)
+    if ready is None:
+        check_backbone(config, None, checkpoint.backbone_tensors(), checkpoint)
+    size = size_of(config, block)
+    wanted = _wanted(checkpoint, bits, group_size) if ready is None else _origin(ready.root)
+    with writing(copy):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with alone(copy):
+            if replace and is_current(copy, checkpoint, bits, group_size):  # another program has just made it
+                return Checkpoint(copy)
+            partial = begin(copy, lambda origin: origin == wanted)
+            if ready is None:
+                require_room(partial, size)
+            if state_of(partial) is None:
+                write_json(partial / STATE, wanted | {"made": {}, "made_by": made_by()})
+            weight_map = yield from _layers(checkpoint, partial, block) if ready is None else _links(ready, partial)
+            finish(checkpoint, partial, copy, block, weight_map)
+    return Checkpoint(copy)
+
+
+def _ready(checkpoint: Checkpoint, bits: int, group_size: int) -> Checkpoint | None:
+    """The copy that is here in place of the model's own weights, if it is the one that is wanted."""
+    if not checkpoint.is_copy_alone or (copy := checkpoint.copies().get(bits)) is None:
+        return None
+    return copy if is_current(copy.root, checkpoint, bits, group_size) else None
+
+
+def _links(ready: Checkpoint, folder: Path) -> Generator[Progress, None, dict[str, str]]:
+    """The layers of a copy that is there, as hard links, or copied to another disk; returns the index."""
+    named = ready.weight_map()
+    files = sorted(set(named.values()))
+    for number, name in enumerate(files, 1):
+        if not is_whole(folder / name):
+            with making(folder, name) as partial:
+                _link_or_copy((ready.root / name).resolve(), partial)
+        yield Progress("copying", number, len(files))
+    return named
+
+
+def require_whole(checkpoint: Checkpoint) -> None:
+    """Refuse a model that a copy cannot be made of, because its own weights are not here or are quantised.
+
+    Raises:
+        RequestError: it is one.
+        CheckpointError: it states a quantization that cannot be read.
+    """
+    if checkpoint.quantization is not None:
+        stated = check_block(checkpoint.quantization, f"{checkpoint.root / 'config.json'}")
+        raise RequestError(
+            f"{checkpoint.root} is quantised to {stated['bits']} bits already; convert the model it was made of."
+        )
+    if checkpoint.is_copy_alone:
+        raise RequestError(only_copies(checkpoint))
+
+
+def only_copies(checkpoint: Checkpoint, wanted: str = "another precision") -> str:
+    """What to say where a precision is asked for that cannot be had, because the weights themselves are not here."""
+    repo, there = repo_of(checkpoint.root), [f"{bits}bit" for bits in checkpoint.copies()]
+    command = f": llada2-mlx download {repo}" if repo else ""
+    bits = f", or with other bits (--bits {wanted.removesuffix('bit')})" if repo and wanted.endswith("bit") else ""
+    return (
+        f"{checkpoint.root} has its language model only as a smaller copy, {' and '.join(there)}; {wanted} cannot be made "
+        f"of that. Choose {there[0]} or auto, or download the model whole{command}{bits}."
+    )
+
+
+def require_place(copy: Path) -> None:
+    """Refuse to replace a folder that is no copy, or has something in it that a conversion did not make."""
+    if copy.exists() and state_of(copy) is None:
         raise RequestError(
             f"{copy} is where the converted copy goes, but it holds something else. Rename or delete it."
         )
-    if not is_current(copy, checkpoint, bits, group_size):
-        _require_own(copy, whole=True)
-    block = _block(checkpoint, bits, group_size)
-    check_backbone(config, None, checkpoint.backbone_tensors(), checkpoint)
-    size = _size(config, block)
-    partial, lock = (copy.with_name(f".{copy.name}.{end}") for end in ("partial", "lock"))
-    wanted = _wanted(checkpoint, bits, group_size)
+    _require_own(copy, whole=True)
+
+
+@contextmanager
+def alone(path: Path, busy: str = "is being written") -> Iterator[None]:
+    """No other program works on ``path`` meanwhile.
+
+    Args:
+        busy: what one does, for a person.
+
+    Raises:
+        LLaDA2Error: one does.
+    """
+    lock = path.with_name(f".{path.name}.lock")
     try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock):
-            if replace and is_current(copy, checkpoint, bits, group_size):  # another program has just made it
-                return Checkpoint(copy)
-            _require_own(partial)
-            if partial.exists() and _origin(partial) != wanted:
-                shutil.rmtree(partial)
-            partial.mkdir(exist_ok=True)
-            cut_off = [path for path in partial.iterdir() if _TEMPORARY.fullmatch(path.name)]
-            for path in cut_off:  # a killed run had begun it
-                path.unlink()
-            _require_room(partial, size)
-            if _state(partial) is None:
-                _write(partial / STATE, wanted | {"made": {}})
-            weight_map = yield from _layers(checkpoint, partial, block)
-            with _making(partial, INDEX) as path:
-                _write(path, {"metadata": {"total_size": size}, "weight_map": weight_map})
-            stated = checkpoint.json("config.json")
-            stated.pop("quantization_config", None)  # of a float8 source
-            with _making(partial, "config.json") as path:
-                _write(path, stated | ({"quantization": block} if block else {}))
-            for source in checkpoint.files(Part.BACKBONE):
-                if source.name.startswith("tokenizer"):
-                    with _making(partial, source.name) as path:
-                        shutil.copyfile(source, path)
-            _require_own(copy, whole=True)
-            if copy.exists():
-                shutil.rmtree(copy)
-            partial.rename(copy)
+            yield
             if lock.exists() and not lock.stat().st_size:  # one with something in it is somebody's
                 lock.unlink()
     except Timeout:
-        raise LLaDA2Error(f"{copy} is being written by another program; wait until it is done.") from None
+        raise LLaDA2Error(f"{path} {busy} by another program; wait until it is done.") from None
+
+
+@contextmanager
+def writing(copy: Path) -> Iterator[None]:
+    """What keeps a copy from being written becomes a sentence.
+
+    Raises:
+        LLaDA2Error: it cannot be written.
+    """
+    try:
+        yield
     except OSError as error:
         raise _unwritten(copy, error) from error
-    return Checkpoint(copy)
+
+
+def begin(copy: Path, fits: Callable[[dict[str, Any]], bool]) -> Path:
+    """The folder in which a copy grows, with what an earlier run has made if that fits."""
+    partial = copy.with_name(f".{copy.name}.partial")
+    _require_own(partial)
+    if partial.exists() and ((origin := _origin(partial)) is None or not fits(origin)):
+        shutil.rmtree(partial)
+    partial.mkdir(exist_ok=True)
+    for path in list(partial.iterdir()):
+        if _TEMPORARY.fullmatch(path.name):  # a killed run had begun it
+            path.unlink()
+    return partial
+
+
+def finish(
+    checkpoint: Checkpoint, partial: Path, copy: Path, block: Quantization | None, weight_map: dict[str, str]
+) -> None:
+    """Add to the layers what else a copy has, and give it its place."""
+    size = size_of(checkpoint.config, block)
+    with making(partial, INDEX) as path:
+        write_json(path, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    stated = checkpoint.json("config.json")
+    stated.pop("quantization_config", None)  # of a float8 source
+    with making(partial, "config.json") as path:
+        write_json(path, stated | ({"quantization": block} if block else {}))
+    for source in checkpoint.files(Part.BACKBONE):
+        if source.name.startswith("tokenizer"):
+            with making(partial, source.name) as path:
+                shutil.copyfile(source, path)
+    _require_own(copy, whole=True)
+    if copy.exists():
+        shutil.rmtree(copy)
+    partial.rename(copy)
 
 
 def add_parts(checkpoint: Checkpoint, copy: Path) -> Generator[Progress, None, None]:
     """Give a copy the other parts that the model has, unless they are there: as hard links, or copied to another disk.
+
+    Last comes a text that says what the copy is, how it was made, and by which version.
 
     Yields:
         Progress after each file.
@@ -146,11 +254,53 @@ def add_parts(checkpoint: Checkpoint, copy: Path) -> Generator[Progress, None, N
         try:
             target.parent.mkdir(exist_ok=True)
             if not target.exists():
-                with _making(copy, target.relative_to(copy).as_posix()) as partial:
+                with making(copy, target.relative_to(copy).as_posix()) as partial:
                     _link_or_copy(path.resolve(), partial)
         except OSError as error:
             raise _unwritten(target, error) from error
         yield Progress("adding the other parts", number, len(files))
+    try:
+        _describe(checkpoint, copy)
+    except OSError as error:
+        raise _unwritten(copy / README, error) from error
+
+
+def _describe(checkpoint: Checkpoint, copy: Path) -> None:
+    """Write into a copy what it is and how it was made, unless its owner has written about it."""
+    state, there = state_of(copy) or {}, copy / README
+    if there.exists() and summed(there) != state.get("made", {}).get(README):
+        return
+    repo, block = repo_of(checkpoint.root), state.get("quantization")
+    bits, groups = (block["bits"], block["group_size"]) if block else (WHOLE, GROUP_SIZE)
+    name = repo or checkpoint.root.name
+    source = f"[{repo}](https://huggingface.co/{repo})" if repo else name
+    parts = [part.value for part in Part if not Checkpoint(copy).missing(part)]
+    how = (
+        f"{bits} bits for the routed experts and at least 8 for all else, in groups of {groups}"
+        if block
+        else "bfloat16"
+    )
+    text = f"""---
+library_name: mlx
+{f"base_model: {repo}" if repo else ""}
+tags: [llada2, mlx, comfyui]
+---
+# {name.rpartition("/")[2]}, {f"{bits}bit" if block else "bf16"}
+
+{source} for [MLX](https://github.com/ml-explore/mlx), with a smaller language model: {how}.
+Its licence is that of the model that it was made of.
+
+Parts: {", ".join(parts)}.
+
+Made by {state.get("made_by", "ComfyUI-LLaDA2-MLX")}:
+
+    llada2-mlx convert {name} FOLDER --bits {bits}{f" --group-size {groups}" if block else ""}
+
+`{STATE}` has the sizes and sums of the files that it was made of. The nodes of ComfyUI-LLaDA2-MLX list it where it lies
+as a folder in `models/llada2`, or where its hub id stands in a line of `models/llada2/hub.txt`.
+"""
+    with making(copy, README) as partial:
+        partial.write_text(text.replace("\n\ntags", "\ntags"), encoding="utf-8")
 
 
 def _unwritten(path: Path, error: OSError) -> LLaDA2Error:
@@ -171,17 +321,16 @@ def _layers(
     checkpoint: Checkpoint, folder: Path, block: Quantization | None
 ) -> Generator[Progress, None, dict[str, str]]:
     """Write each layer into a file of its own, unless it is there; returns the index."""
-    reader, groups = Reader(checkpoint), _groups(checkpoint)
+    reader, groups = Reader(checkpoint.backbone_tensors()), groups_of(checkpoint.config)
     weight_map: dict[str, str] = {}
     for number, parameters in enumerate(groups, 1):
-        path = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        if not _whole(path):
+        path = folder / layer_name(number, len(groups))
+        if not is_whole(path):
             tensors: dict[str, mx.array] = {}
             for parameter, shape in parameters:
-                tensors |= _kept(parameter, reader.read(parameter, shape, None), block)
+                tensors |= kept(parameter, reader.read(parameter, shape, None), block)
                 mx.eval(tensors)
-            with _making(folder, path.name) as partial, open(partial, "wb") as file:
-                mx.save_safetensors(file, tensors, {"format": "mlx"})
+            save(folder, path.name, tensors)
             del tensors
             mx.clear_cache()
         weight_map |= dict.fromkeys(safetensors_header(path), path.name)
@@ -189,14 +338,25 @@ def _layers(
     return weight_map
 
 
-def _whole(path: Path) -> bool:
+def layer_name(number: int, count: int) -> str:
+    """The file of the ``number``-th group of parameters, counted from 1."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def save(folder: Path, name: str, tensors: dict[str, mx.array]) -> None:
+    """Write a file of weights into a folder in which a copy grows."""
+    with making(folder, name) as partial, open(partial, "wb") as file:
+        mx.save_safetensors(file, tensors, {"format": "mlx"})
+
+
+def is_whole(path: Path) -> bool:
     try:
         return bool(safetensors_header(path))
     except CheckpointError:
         return False
 
 
-def _kept(parameter: str, value: mx.array, block: Quantization | None) -> dict[str, mx.array]:
+def kept(parameter: str, value: mx.array, block: Quantization | None) -> dict[str, mx.array]:
     """What a copy keeps of a parameter: itself, or its packed weights with their scales and offsets."""
     if value.ndim < 2 or is_router(parameter):  # norms too stay as they are
         return {parameter: value}
@@ -207,10 +367,10 @@ def _kept(parameter: str, value: mx.array, block: Quantization | None) -> dict[s
     return {parameter: weight, f"{path}.scales": scales, f"{path}.biases": biases}
 
 
-def _groups(checkpoint: Checkpoint) -> list[list[tuple[str, tuple[int, ...]]]]:
+def groups_of(config: BackboneConfig) -> list[list[tuple[str, tuple[int, ...]]]]:
     """Names and shapes of the parameters, by what is written at once: each layer at once, and each of the rest."""
     groups: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for parameter, value in tree_flatten(build(checkpoint.config).parameters()):
+    for parameter, value in tree_flatten(build(config).parameters()):
         layer = parameter.split(".")[2] if parameter.startswith("model.layers.") else parameter
         groups.setdefault(layer, []).append((parameter, value.shape))
     return list(groups.values())
@@ -218,11 +378,15 @@ def _groups(checkpoint: Checkpoint) -> list[list[tuple[str, tuple[int, ...]]]]:
 
 def _wanted(checkpoint: Checkpoint, bits: int, group_size: int) -> dict[str, Any]:
     """What a copy is made of, as its ``STATE`` says it."""
-    source = {path.name: [path.stat().st_size, _summed(path)] for path in checkpoint.files(Part.BACKBONE)}
-    return {"quantization": _block(checkpoint, bits, group_size), "source": source}
+    return {"quantization": block_of(checkpoint, bits, group_size), "source": source_of(checkpoint)}
 
 
-def _summed(path: Path, suffix: str = "") -> str:
+def source_of(checkpoint: Checkpoint) -> dict[str, list]:
+    """The files that a copy is made of, with their sizes and sums."""
+    return {path.name: [path.stat().st_size, summed(path)] for path in checkpoint.files(Part.BACKBONE)}
+
+
+def summed(path: Path, suffix: str = "") -> str:
     """The SHA-256 of a file, or of the header of a safetensors file: a copy of a model may have other times."""
     with path.open("rb") as file:
         if (suffix or path.suffix) != ".safetensors":
@@ -233,14 +397,14 @@ def _summed(path: Path, suffix: str = "") -> str:
 
 
 @contextmanager
-def _making(folder: Path, name: str) -> Iterator[Path]:
+def making(folder: Path, name: str) -> Iterator[Path]:
     """Like ``replacing``, for a file of a copy: that the conversion made it is noted before it has its name."""
     with replacing(folder / name) as partial:
         yield partial
-        state = _state(folder)
+        state = state_of(folder)
         if state is not None:
-            made = state.get("made", {}) | {name: _summed(partial, Path(name).suffix)}
-            _write(folder / STATE, state | {"made": made})
+            made = state.get("made", {}) | {name: summed(partial, Path(name).suffix)}
+            write_json(folder / STATE, state | {"made": made})
 
 
 def _require_own(folder: Path, whole: bool = False) -> None:
@@ -253,7 +417,7 @@ def _require_own(folder: Path, whole: bool = False) -> None:
         return
     strange: list[Path] = [folder]
     if folder.is_dir() and not folder.is_symlink():
-        state = _state(folder)
+        state = state_of(folder)
         made = (state or {}).get("made", {})
         begun = state is None or {"quantization", "source"} <= state.keys() and isinstance(made, dict)
         if begun:
@@ -273,24 +437,24 @@ def _is_own(path: Path, folder: Path, made: dict[str, Any], whole: bool) -> bool
         return True
     if name not in made:
         return False
-    damaged = whole and path.suffix == ".safetensors" and not _whole(path)
+    damaged = whole and path.suffix == ".safetensors" and not is_whole(path)
     try:
-        return damaged or not path.stat().st_size or _summed(path) == made[name]
+        return damaged or not path.stat().st_size or summed(path) == made[name]
     except OSError:
         return False
 
 
-def _block(checkpoint: Checkpoint, bits: int, group_size: int) -> Quantization | None:
+def block_of(checkpoint: Checkpoint, bits: int, group_size: int = GROUP_SIZE) -> Quantization | None:
     return None if bits == WHOLE else scheme(checkpoint.config, bits, group_size)
 
 
-def _size(config: BackboneConfig, block: Quantization | None) -> int:
+def size_of(config: BackboneConfig, block: Quantization | None) -> int:
     """Bytes of a copy: packed words, and bf16 for all else."""
     parameters = tree_flatten(build(config, block).parameters())
     return sum(value.size * (4 if value.dtype == mx.uint32 else 2) for _, value in parameters)
 
 
-def _state(folder: Path) -> dict[str, Any] | None:
+def state_of(folder: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError):
@@ -300,11 +464,16 @@ def _state(folder: Path) -> dict[str, Any] | None:
 
 def _origin(folder: Path) -> dict[str, Any] | None:
     """What a copy was made of, and how, as ``_wanted`` says it."""
-    state = _state(folder)
-    return None if state is None else {key: value for key, value in state.items() if key != "made"}
+    state = state_of(folder)
+    return None if state is None else {key: value for key, value in state.items() if key not in ("made", "made_by")}
 
 
-def _require_room(folder: Path, size: int) -> None:
+def made_by() -> str:
+    """The programs that make a copy, with their versions, for a person."""
+    return f"ComfyUI-LLaDA2-MLX {__version__} with MLX {version('mlx')}"
+
+
+def require_room(folder: Path, size: int) -> None:
     there = sum(path.stat().st_size for path in visible(folder, "*.safetensors"))
     free = shutil.disk_usage(folder).free
     if size - there > free:
@@ -314,6 +483,6 @@ def _require_room(folder: Path, size: int) -> None:
         )
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")

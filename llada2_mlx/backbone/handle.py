@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from ..checkpoint.config import PRECISIONS
-from ..checkpoint.layout import Checkpoint, Part
-from ..errors import RequestError
+from ..checkpoint.hub import again
+from ..checkpoint.layout import INDEX, Checkpoint, Part
+from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
 from ..tokens import Tokens
 from ..worker import MLXWorker
-from .convert import convert, is_current, own_copy
+from .convert import convert, is_current, only_copies, own_copy
 from .network import LLaDA2
 from .precision import (
     BITS,
@@ -44,7 +45,8 @@ class Backbone:
         checkpoint: the model folder.
         precision: one of ``PRECISIONS``. "bf16" and "float32" are types to run in; "8bit", "6bit" and "4bit" run from
             a converted copy, which is made on first use (see ``convert``); "auto" is the most exact that fits into
-            this machine, and for a quantised model what it is quantised to.
+            this machine, and for a quantised model what it is quantised to. Where only smaller copies of the weights are
+            here, one of them is taken.
 
     ``precision`` is then what was picked, ``reason`` why if it was "auto", ``size`` how many bytes the weights take.
 
@@ -66,6 +68,9 @@ class Backbone:
 
     def _choose(self, precision: str) -> None:
         """Check the checkpoint, and settle how it will run."""
+        if self.checkpoint.is_copy_alone:
+            self._choose_copy(precision)
+            return
         block, self.reason, tensors = self.checkpoint.quantization, None, self.checkpoint.backbone_tensors()
         if block is not None:
             block = check_block(block, f"{self.checkpoint.root / 'config.json'}")
@@ -83,6 +88,28 @@ class Backbone:
         self.precision, self.dtype = precision, run_type(precision)
         self._block = block or (scheme(self.config, BITS[precision]) if precision in BITS else None)
         self.size = memory_bytes(self.config, self.dtype, self._block)
+
+    def _choose_copy(self, precision: str) -> None:
+        """Settle how a model will run whose own weights are not here, but one or several smaller copies."""
+        copies = self.checkpoint.copies()
+        there = {f"{bits}bit": bits for bits, copy in copies.items() if is_current(copy.root, self.checkpoint, bits)}
+        if not there:
+            raise CheckpointError(
+                f"The smaller copies in {self.checkpoint.root} are of another model or state of it. "
+                f"{again(self.checkpoint.root / INDEX)}"
+            )
+        if precision not in ("auto", *there):
+            raise RequestError(only_copies(self.checkpoint, precision))
+        sizes = {name: memory_bytes(self.config, run_type(name), scheme(self.config, BITS[name])) for name in there}
+        self.reason = None
+        if precision == "auto":
+            fitting = [name for name, size in sizes.items() if size + WORK_BYTES <= machine_bytes()]
+            precision = (fitting or [*sizes][-1:])[0]
+            self.reason = f"Precision: {precision}, of {' and '.join(there)}: only smaller copies of the model are on this machine."
+        self.precision, self.dtype, self.size = precision, run_type(precision), sizes[precision]
+        self._block = scheme(self.config, BITS[precision])
+        copy = copies[there[precision]]
+        check_backbone(self.config, self._block, copy.backbone_tensors(), copy)
 
     @cached_property
     def tokens(self) -> Tokens:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
+from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checkpoint.config import BackboneConfig
 from ..checkpoint.hub import again
-from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors
+from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors, safetensors_header
 from ..errors import CheckpointError
 from ..progress import Progress
 from .network import LLaDA2
@@ -45,30 +46,78 @@ def check_backbone(
     """
     expected = {}
     for parameter, value in tree_flatten(build(config, block).parameters()):
-        names = _names(parameter, value.shape, tensors)
+        names = names_of(parameter, value.shape, tensors)
         shape = value.shape if names == [parameter] else value.shape[1:]
         expected.update(dict.fromkeys(names, shape))
         kinds = ("U32",) if value.dtype == mx.uint32 else STORED
         for name in names:
-            if name in tensors and tensors[name].dtype not in kinds:
-                raise CheckpointError(
-                    f"{name} in {tensors[name].file} is stored as {tensors[name].dtype}; only {', '.join(kinds)} can be "
-                    "read. Choose the model in one of these."
-                )
+            if name in tensors:
+                require_type(name, tensors[name], kinds)
             if name in tensors and tensors[name].dtype == EIGHT:
-                expected[name + SCALE] = tuple(-(-side // SIDE) for side in shape)
+                expected[name + SCALE] = scales_shape(shape)
     check_tensors(tensors, expected, checkpoint.root)
 
 
+def shapes_of(config: BackboneConfig, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a checkpoint that is not quantised, without the scales of a float8 one.
+
+    Args:
+        names: of the tensors that it has, which say whether it has a layer's experts one by one or as a stack.
+    """
+    shapes = {}
+    for parameter, value in tree_flatten(build(config).parameters()):
+        own = names_of(parameter, value.shape, names)
+        shapes |= dict.fromkeys(own, value.shape if own == [parameter] else value.shape[1:])
+    return shapes
+
+
+def check_file(shapes: dict[str, tuple[int, ...]], names: Collection[str], path: Path) -> dict[str, TensorInfo]:
+    """The tensors in one file of a checkpoint, compared with what the network needs, without reading a weight.
+
+    Args:
+        shapes: of all that the network needs, see ``shapes_of``.
+        names: what the file has to hold.
+
+    Raises:
+        CheckpointError: as ``check_backbone``.
+    """
+    tensors = safetensors_header(path)
+    expected = {name: shapes[name] for name in names if name in shapes}
+    expected |= {name: scales_shape(shapes[base]) for name in names if (base := scaled_by(name)) in shapes}
+    for name, info in tensors.items():
+        require_type(name, info)
+    check_tensors(tensors, expected, path)
+    return tensors
+
+
+def require_type(name: str, info: TensorInfo, kinds: tuple[str, ...] = STORED) -> None:
+    """Refuse a tensor of a type that cannot be read."""
+    if info.dtype not in kinds:
+        raise CheckpointError(
+            f"{name} in {info.file} is stored as {info.dtype}; only {', '.join(kinds)} can be read. Choose the model in "
+            "one of these."
+        )
+
+
+def scaled_by(name: str) -> str:
+    """The float8 tensor that a tensor of this name has the scales of; an empty text where it is none."""
+    return name.removesuffix(SCALE) if name.endswith(SCALE) else ""
+
+
+def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of a float8 matrix."""
+    return tuple(-(-side // SIDE) for side in shape)
+
+
 class Reader:
-    """Reads parameters of a checkpoint, each once.
+    """Reads parameters of a checkpoint, or of one of its files, each once.
 
     A file is mapped lazily and a tensor is read when its parameter's turn comes; experts are stacked one layer's
     projection at a time, so that never more than one stack exists twice.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._tensors = checkpoint.backbone_tensors()
+    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
+        self._tensors = tensors
         self._files = {path: mx.load(str(path)) for path in {info.file for info in self._tensors.values()}}
 
     def read(self, parameter: str, shape: tuple[int, ...], dtype: mx.Dtype | None) -> mx.array:
@@ -80,7 +129,7 @@ class Reader:
         Raises:
             CheckpointError: a tensor holds values that are not finite.
         """
-        names = _names(parameter, shape, self._tensors)
+        names = names_of(parameter, shape, self._tensors)
         read = [self._read(name, dtype) for name in names]
         value = read[0] if names == [parameter] else mx.stack(read)
         del read
@@ -101,13 +150,21 @@ class Reader:
         return value
 
     def _read(self, name: str, dtype: mx.Dtype | None) -> mx.array:
-        value = self._files[self._tensors[name].file].pop(name)
+        value = self.take(name)
         if self._tensors[name].dtype != EIGHT:
             return value
-        scale = self._files[self._tensors[name + SCALE].file].pop(name + SCALE).astype(mx.float32)
-        rows, columns = value.shape
-        scale = mx.repeat(mx.repeat(scale, SIDE, axis=0)[:rows], SIDE, axis=1)[:, :columns]
-        return (mx.from_fp8(value, mx.float32) * scale).astype(dtype or mx.bfloat16)
+        return from_eight(value, self.take(name + SCALE)).astype(dtype or mx.bfloat16)
+
+    def take(self, name: str) -> mx.array:
+        """A tensor as it is stored, float8 as bytes; not yet in memory."""
+        return self._files[self._tensors[name].file].pop(name)
+
+
+def from_eight(value: mx.array, scale: mx.array) -> mx.array:
+    """A float8 matrix, given as bytes, in float32: each block of 128 x 128 has a scale."""
+    rows, columns = value.shape
+    scale = mx.repeat(mx.repeat(scale.astype(mx.float32), SIDE, axis=0)[:rows], SIDE, axis=1)[:, :columns]
+    return mx.from_fp8(value, mx.float32) * scale
 
 
 def load_backbone(
@@ -127,7 +184,7 @@ def load_backbone(
     Raises:
         CheckpointError: a tensor holds values that are not finite.
     """
-    model, reader = build(checkpoint.config, block), Reader(checkpoint)
+    model, reader = build(checkpoint.config, block), Reader(checkpoint.backbone_tensors())
     parameters = tree_flatten(model.parameters())
     for done, (parameter, empty) in enumerate(parameters, 1):
         model.load_weights([(parameter, reader.read(parameter, empty.shape, dtype))], strict=False)
@@ -146,6 +203,6 @@ def _laid_out(parameter: str, value: mx.array) -> mx.array:
     return mx.contiguous(value.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
-def _names(parameter: str, shape: tuple[int, ...], tensors: dict[str, TensorInfo]) -> list[str]:
+def names_of(parameter: str, shape: tuple[int, ...], tensors: Collection[str]) -> list[str]:
     """The tensors of a parameter: itself in a converted checkpoint, as published in one that is not."""
     return [parameter] if parameter in tensors else published_names(parameter, shape)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
@@ -75,6 +75,17 @@ def cached(repo: str) -> Path | None:
             f"What {_store(repo)} holds cannot be read ({_reason(error)}). Allow reading it, or remove it and download "
             f"the model again."
         ) from None
+
+
+def cached_models() -> dict[str, Path]:
+    """Hub id -> folder of every model that the hub's cache has something of; one that cannot be read is left out."""
+    found: dict[str, Path] = {}
+    with suppress(OSError):  # no cache yet
+        for store in sorted(_cache().glob("models--*--*")):
+            with suppress(OSError, ValueError):
+                if (folder := snapshot(store)) != store and folder.is_dir():
+                    found[store.name.removeprefix("models--").replace("--", "/")] = folder
+    return found
 
 
 def snapshot(folder: Path) -> Path:
@@ -172,24 +183,103 @@ def download(
         CheckpointError: the hub may not be asked, cannot be reached or has no such model or file, what answers is
             not the hub, or the disk has too little room.
     """
-    from huggingface_hub.errors import HTTPError
-
-    if is_offline():
-        raise CheckpointError(
-            f"{lacking}, and HF_HUB_OFFLINE is set, so that nothing is downloaded. Unset it or choose another model."
-        )
-    try:
+    _require_online(lacking)
+    with _explained(repo, lacking):
         plan = _plan(repo, patterns, on_step)
         plan.require(missing)
         absent = plan.absent(doubts, on_step)
-        plan.require_room(absent)
+        plan.require_room(sum(file.size - plan.arrived(file) for file in absent))
         plan.fetch(absent, on_step)
+    return plan.folder
+
+
+class Arriving:
+    """A hub model of which some files are fetched a few at a time, and removed when they have been used.
+
+    Args:
+        repo: the hub id.
+        patterns: globs of the files that are wanted; hidden files never are.
+        used: the glob of those among them that come and go. All others are fetched now, and stay.
+        needed: globs that the hub has to have. What they find beside ``patterns`` is to be fetched later.
+        lacking: what this machine lacks, for a person: the beginning of a sentence.
+        on_step: as in ``download``.
+
+    ``folder`` is that of the revision, ``sizes`` has the bytes of the files that come and go, by name, and ``later`` the
+    bytes that are to be fetched later.
+
+    Raises:
+        CheckpointError: as ``download``.
+    """
+
+    def __init__(
+        self, repo: str, patterns: Collection[str], used: str, needed: Collection[str], lacking: str, on_step: OnStep
+    ):
+        _require_online(lacking)
+        self._repo, self._lacking = repo, lacking
+        with _explained(repo, lacking):
+            plan = _plan(repo, [*patterns, *needed], on_step)
+            plan.require(list(needed))
+            now = [file for file in plan.files if any(_fits(file.name, pattern) for pattern in patterns)]
+            come = tuple(file for file in now if _fits(file.name, used))
+            stay = replace(plan, files=tuple(file for file in now if file not in come))
+            stay.fetch(stay.absent({file.name for file in stay.files}, on_step), on_step)
+        self._plan = replace(plan, files=come, known=True)
+        self.folder, self.sizes = plan.folder, {file.name: file.size for file in come}
+        self.later = sum(file.size - plan.arrived(file) for file in plan.files if file not in now)
+
+    def require_room(self, needed: int) -> None:
+        """Refuse what does not fit on the disk: ``needed`` bytes more than are there now."""
+        self._plan.require_room(needed)
+
+    def arrived(self, name: str) -> int:
+        """The bytes of a file that are here."""
+        (file,) = self._chosen([name]).files
+        return self._plan.arrived(file)
+
+    def fetch(self, names: Collection[str], on_step: OnStep, before: int = 0) -> None:
+        """Fetch files. One that is here is compared with its sum.
+
+        Args:
+            before: bytes that came and went already, to be counted in ``on_step``.
+
+        Raises:
+            CheckpointError: as ``download``.
+        """
+        chosen = self._chosen(names)
+        with _explained(self._repo, self._lacking):
+            absent = chosen.absent(names, on_step)
+            chosen.fetch(absent, on_step, before, sum(self.sizes.values()))
+
+    def drop(self, names: Collection[str], on_step: OnStep) -> None:
+        """Remove files, and what has arrived of them. A content that another revision of the model has stays."""
+        chosen = self._chosen(names)
+        with _explained(self._repo, self._lacking):
+            jobs = [lambda stop, file=file: chosen.drop(file, stop) for file in chosen.files]
+            _together(jobs, lambda: on_step(Progress("removing what is converted", 0, 1)))
+
+    def _chosen(self, names: Collection[str]) -> _Plan:
+        return replace(self._plan, files=tuple(file for file in self._plan.files if file.name in names))
+
+
+@contextmanager
+def _explained(repo: str, lacking: str) -> Iterator[None]:
+    """An error of a thread that worked with the hub becomes a sentence for the person who waits."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
     except _Failed as failure:
         error = failure.__cause__
         if not isinstance(error, (HTTPError, OSError, _Foreign)):
             raise error from None
         raise CheckpointError(_why(repo, lacking, error)) from error
-    return plan.folder
+
+
+def _require_online(lacking: str) -> None:
+    if is_offline():
+        raise CheckpointError(
+            f"{lacking}, and HF_HUB_OFFLINE is set, so that nothing is downloaded. Unset it or choose another model."
+        )
 
 
 @dataclass(frozen=True)
@@ -286,9 +376,8 @@ class _Plan:
             return self.sums[key] == file.blob
         return False
 
-    def require_room(self, absent: list[_File]) -> None:
-        """Refuse what does not fit on the disk, before any of it is fetched."""
-        needed = sum(file.size - self.arrived(file) for file in absent)
+    def require_room(self, needed: int) -> None:
+        """Refuse what does not fit on the disk, before any of it is fetched: ``needed`` bytes."""
         cache = _cache()
         place = next(path for path in (cache, *cache.parents) if os.path.exists(path))
         try:
@@ -301,11 +390,13 @@ class _Plan:
                 f"{amount(free)} are free on that disk. Make room, or set HF_HOME to a folder on another disk."
             )
 
-    def fetch(self, absent: list[_File], on_step: OnStep) -> None:
-        total = sum(file.size for file in absent)
+    def fetch(self, absent: list[_File], on_step: OnStep, before: int = 0, total: int | None = None) -> None:
+        """Fetch files; ``before`` and ``total`` are bytes, where these files are a part of a larger whole."""
+        counted = absent if total is None else self.files
+        total = sum(file.size for file in absent) if total is None else total
 
         def tell() -> None:
-            on_step(Progress("downloading", sum(map(self.arrived, absent)), total, in_bytes=True))
+            on_step(Progress("downloading", before + sum(map(self.arrived, counted)), total, in_bytes=True))
 
         # first, because an index says which large files there are
         _together([lambda stop, file=file: self._fetch(file, stop) for file in absent if not file.large], tell)
@@ -343,6 +434,16 @@ class _Plan:
             if not self.holds(self.blob(file), file, stop):
                 self._receive(file, stop)
             self._name(file)
+
+    def drop(self, file: _File, stop: Event) -> None:
+        """Remove a file and what has arrived of it; its content stays where another revision has it."""
+        blob, named = self.blob(file), self.folder / file.name
+        with self._alone(file, stop):
+            _remove(named)
+            _remove(self.partial(file))
+            revisions = self.folder.parent.iterdir()
+            if not any(os.path.realpath(revision / file.name) == str(blob) for revision in revisions):
+                _remove(blob)
 
     def _receive(self, file: _File, stop: Event) -> None:
         """Get a file's content; it becomes the blob when its sum is right."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ class Part(Enum):
     IMAGE_TOKENIZER = "image tokenizer"
     DECODER = "decoder"
     DECODER_TURBO = "turbo decoder"
+    PRIOR = "SigVQ prior"  # which both decoders have among their files
     VAE = "VAE"
 
     @property
@@ -45,9 +47,10 @@ class Part(Enum):
         return self.name.lower().replace("_", "-")
 
 
+WEIGHTS = "model*.safetensors"  # of the backbone
 # Each part's files, as globs from the checkpoint folder: the same list checks a folder and limits a download.
 FILES = {
-    Part.BACKBONE: ("config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors"),
+    Part.BACKBONE: ("config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS),
     Part.IMAGE_TOKENIZER: (
         "image_tokenizer/config.json",
         "image_tokenizer/preprocessor_config.json",
@@ -59,9 +62,13 @@ FILES = {
         "decoder-turbo/*.safetensors",
         "image_tokenizer/sigvq_embedding.pt",
     ),
+    Part.PRIOR: ("image_tokenizer/sigvq_embedding.pt",),
     Part.VAE: ("vae/config.json", "vae/*.safetensors"),
 }
 INDEX = "model.safetensors.index.json"
+COMPLETE = "complete"  # the state of a part that lacks nothing
+HUB_LIST = "hub.txt"  # beside the model folders: ids of hub models to choose from
+COPY_BITS = (8, 6, 4)  # of the smaller copies of a backbone that lie in its model's folder
 
 
 class TensorInfo(NamedTuple):
@@ -80,43 +87,89 @@ class Checkpoint:
 
     def files(self, part: Part) -> list[Path]:
         """The files of ``part`` that are there, sorted."""
-        return sorted(path for pattern in _patterns(part) for path in visible(self.root, pattern))
+        return sorted(path for pattern in patterns(part) for path in visible(self.root, pattern))
 
     def fingerprint(self, *parts: Part) -> tuple[tuple, ...]:
         """The state of the files of ``parts``: it changes when they are replaced, and with nothing else."""
         files = sorted({path for part in parts for path in self.files(part)})
         return tuple((path.relative_to(self.root).as_posix(), *_stamp(path)) for path in files)
 
-    def missing(self, part: Part) -> list[str]:
+    def copy_folder(self, bits: int) -> Path:
+        """Where a smaller copy of the backbone lies in this folder."""
+        return self.root / f"mlx-{bits}bit"
+
+    def copies(self) -> dict[int, Checkpoint]:
+        """The complete smaller copies of the backbone in this folder, by their bits, the most exact first."""
+        found = {bits: Checkpoint(self.copy_folder(bits)) for bits in COPY_BITS}
+        return {bits: copy for bits, copy in found.items() if copy.root.is_dir() and copy._is_copy()}
+
+    def _is_copy(self) -> bool:
+        try:
+            return not self.missing(Part.BACKBONE, published=True) and self.quantization is not None
+        except CheckpointError:
+            return False
+
+    def missing(self, part: Part, published: bool = False) -> list[str]:
         """The files of ``part`` that this folder lacks or has damaged, relative to it, some as globs; empty if it is complete.
+
+        Args:
+            published: the backbone's own weights are meant. Else a smaller copy stands for those that are not there.
 
         Raises:
             CheckpointError: the index of the backbone cannot be used.
         """
-        return list(self.faults(part))
+        return list(self.faults(part, published))
 
-    def faults(self, part: Part) -> dict[str, str]:
+    def faults(self, part: Part, published: bool = False) -> dict[str, str]:
         """What ``missing`` names, each with what is the matter: a predicate, for a person.
 
         Raises:
             CheckpointError: as ``missing``.
         """
-        return self._lacks(part) | self._surplus(part)
+        return self._lacks(part, published) | self._surplus(part)
 
-    def _lacks(self, part: Part) -> dict[str, str]:
-        lacks = {}
-        for pattern in FILES[part]:
+    def state(self, part: Part) -> str:
+        """How complete a part is, in a few words, which begin with ``COMPLETE`` if it is."""
+        try:
+            faults = self.faults(part)
+        except CheckpointError as error:
+            return str(error)
+        if not faults and part is Part.BACKBONE and self.is_copy_alone:
+            return f"{COMPLETE}, as a smaller copy ({' and '.join(f'{bits}bit' for bits in self.copies())})"
+        if not faults:
+            return COMPLETE
+        if set(faults.values()) == {ABSENT}:
+            return f"missing {', '.join(faults)}"
+        return f"incomplete: {told(faults)}"
+
+    def _lacks(self, part: Part, published: bool = False) -> dict[str, str]:
+        stands = part is Part.BACKBONE and not published and self.is_copy_alone
+        return self._absent_or_damaged(part, weights=not stands)
+
+    @property
+    def is_copy_alone(self) -> bool:
+        """Whether a smaller copy stands for the backbone's own weights, which are not there. Damaged ones it does not hide."""
+        try:
+            lacks = self._absent_or_damaged(Part.BACKBONE)
+            faults = {fault for name, fault in lacks.items() if name == INDEX or fnmatchcase(name, WEIGHTS)}
+        except CheckpointError:  # an index that says nothing
+            faults = set() if visible(self.root, WEIGHTS) else {ABSENT}
+        return faults == {ABSENT} and bool(self.copies())
+
+    def _absent_or_damaged(self, part: Part, weights: bool = True) -> dict[str, str]:
+        lacks, wanted = {}, [pattern for pattern in FILES[part] if weights or pattern != WEIGHTS]
+        for pattern in wanted:
             if not visible(self.root, pattern):
                 found = [self.root / pattern] if "*" not in pattern else _found(self.root, pattern)
                 faults = [fault for path in found if (fault := _fault(path))]
                 lacks[pattern] = faults[0] if faults else ABSENT
-        needed = [path for pattern in FILES[part] for path in visible(self.root, pattern)]
-        if part is Part.BACKBONE:
+        needed = [path for pattern in wanted for path in visible(self.root, pattern)]
+        if part is Part.BACKBONE and weights:
             if os.path.lexists(self.root / INDEX):
-                shards = [self.root / name for name in sorted(set(self._weight_map().values()))]
+                shards = [self.root / name for name in sorted(set(self.weight_map().values()))]
                 needed = [path for path in needed if path.suffix != ".safetensors"] + shards
             else:
-                shards = visible(self.root, "model*.safetensors")
+                shards = visible(self.root, WEIGHTS)
                 if len(shards) > 1 or visible(self.root, "model*-of-*.safetensors"):  # only the index says how many
                     lacks[INDEX] = ABSENT
         surplus = [path for pattern in self._surplus(part) for path in visible(self.root, pattern)]
@@ -205,14 +258,14 @@ class Checkpoint:
     def backbone_tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the backbone, from the headers of the files that the index names (or of the one file)."""
         if not os.path.lexists(self.root / INDEX):
-            files = visible(self.root, "model*.safetensors")
+            files = visible(self.root, WEIGHTS)
             if len(files) != 1:
                 raise CheckpointError(f"{self.root} has {len(files)} weight files but no {INDEX}; download it.")
             return safetensors_header(files[0])
-        weight_map = self._weight_map()
-        files = sorted({self.root / name for name in weight_map.values()})
+        named = self.weight_map()
+        files = sorted({self.root / name for name in named.values()})
         tensors = {name: info for path in files for name, info in safetensors_header(path).items()}
-        if absent := [f"{name} (in {file})" for name, file in weight_map.items() if name not in tensors]:
+        if absent := [f"{name} (in {file})" for name, file in named.items() if name not in tensors]:
             raise CheckpointError(f"{self.root}: {INDEX} names tensors that are not in their files: {_some(absent)}.")
         return tensors
 
@@ -222,7 +275,7 @@ class Checkpoint:
         stored = sum(stamp[0] for path in weights if (stamp := _stamp(path)))
         return 2 * stored if part is Part.VAE else stored  # the VAE runs in float32
 
-    def _weight_map(self) -> dict[str, str]:
+    def weight_map(self) -> dict[str, str]:
         """Tensor name -> file name, as the index states it."""
         found = self.json(INDEX).get("weight_map")
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
@@ -364,12 +417,51 @@ def model_folders(roots: Iterable[Path]) -> tuple[dict[str, Path], list[str]]:
     return found, problems
 
 
+def listed_ids(roots: Iterable[Path]) -> tuple[list[str], list[str]]:
+    """The hub ids in the files ``hub.txt`` of ``roots``, one a line; and a sentence on each line that has none.
+
+    What follows a ``#`` is a comment.
+    """
+    found: dict[str, None] = {}
+    problems: list[str] = []
+    for path in (root / HUB_LIST for root in roots):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+            problems.append(f"{path} cannot be read ({reason}), so no model in it is offered. Mend it, or remove it.")
+            continue
+        for number, line in enumerate(lines, 1):
+            name = line.partition("#")[0].strip()
+            if hub.is_id(name):
+                found[name] = None
+            elif name:
+                problems.append(
+                    f"{path}, line {number}: {name!r} is no hub id such as {HUB_MODEL}, and is left out. Write one id a line."
+                )
+    return list(found), problems
+
+
+def cached_ids() -> list[str]:
+    """The hub ids of the models in the hub's cache whose language model is one of this layout, sorted."""
+    found = []
+    for repo, folder in hub.cached_models().items():
+        with suppress(CheckpointError):
+            if Checkpoint(folder).config:
+                found.append(repo)
+    return sorted(found)
+
+
 def _unread(folder: Path, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or error
     return f"{folder} cannot be read ({reason}), so no model in it is offered. Allow reading it, or remove it."
 
 
-def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore, verify: bool = False) -> Checkpoint:
+def resolve(
+    model: str | Path, *parts: Part, on_step: OnStep = ignore, verify: bool = False, published: bool = False
+) -> Checkpoint:
     """The checkpoint that a person means by ``model``: a folder, or the id of a hub model to download.
 
     Only the files of ``parts`` are downloaded, into the hub's own cache; what is there is taken from there, and then
@@ -383,6 +475,7 @@ def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore, verify: b
         on_step: called while something is downloaded or verified; what it raises ends that.
         verify: read every file that is there of a hub model, of whichever part, and compare it with its sum; what is
             damaged is downloaded again.
+        published: a smaller copy of the backbone does not stand for its own weights: they are downloaded.
 
     Raises:
         CheckpointError: there is neither such a folder nor such a model, a part is missing in it, or it could not be
@@ -401,7 +494,7 @@ def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore, verify: b
         lacking, doubts = f"{repo} is not on this machine", set()
         missing = [name for part in parts for name in FILES[part]]
     else:
-        lacks = {part: found for part in parts if (found := _mendable(here, part))}
+        lacks = {part: found for part in parts if (found := _mendable(here, part, published))}
         missing = [name for names in lacks.values() for name in names]
         doubts = _doubts(here, on_step) if verify else set()
         if not missing and not doubts:
@@ -409,8 +502,10 @@ def resolve(model: str | Path, *parts: Part, on_step: OnStep = ignore, verify: b
         what = [f"no complete {part.value}: {told(names)}" for part, names in lacks.items()]
         what = what or [f"files that are damaged or have to be compared with the hub's: {_some(sorted(doubts))}"]
         lacking = f"{repo} on this machine has {'; '.join(what)}"
-    patterns = sorted({pattern for part in parts for pattern in _patterns(part)} | doubts)
-    found = hub.download(repo, patterns, missing, lacking, on_step, doubts | set(missing))
+    wanted = {pattern for part in parts for pattern in patterns(part)}
+    if here is not None and not published and Checkpoint(here).is_copy_alone:
+        wanted.discard(WEIGHTS)
+    found = hub.download(repo, sorted(wanted | doubts), missing, lacking, on_step, doubts | set(missing))
     return Checkpoint(found).require(*parts)
 
 
@@ -425,10 +520,10 @@ def _folder(model: str | Path) -> Path | None:
         raise CheckpointError(f"{model} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
 
 
-def _mendable(folder: Path, part: Part) -> dict[str, str]:
+def _mendable(folder: Path, part: Part, published: bool = False) -> dict[str, str]:
     """What a download would mend of a part."""
     try:
-        return Checkpoint(folder)._lacks(part)
+        return Checkpoint(folder)._lacks(part, published)
     except CheckpointError:  # an index that says nothing
         return {INDEX: "cannot be used"}
 
@@ -440,7 +535,7 @@ def _doubts(folder: Path, on_step: OnStep) -> set[str]:
     return {*damaged, *([] if hub.is_offline() else unknown)}
 
 
-def _patterns(part: Part) -> tuple[str, ...]:
+def patterns(part: Part) -> tuple[str, ...]:
     """The globs of all that a part may have: what it needs, and the index that a backbone in shards has."""
     return (*FILES[part], INDEX) if part is Part.BACKBONE else FILES[part]
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from .decoder import LatentDecoder
+    from .prior import Prior
     from .tokenizer import ImageTokenizer
     from .vae import VAE
 
@@ -21,7 +22,7 @@ def load_part(
     device: torch.device | None = None,
     on_step: OnStep = ignore,
     engine: str = "torch",
-) -> ImageTokenizer | LatentDecoder | VAE:
+) -> ImageTokenizer | LatentDecoder | Prior | VAE:
     """Load a part of the image half.
 
     Args:
@@ -33,11 +34,14 @@ def load_part(
         CheckpointError: the part is missing, damaged, or does not fit its config.
     """
     from .engine import open_decoder
+    from .prior import Prior
     from .tokenizer import ImageTokenizer
     from .vae import VAE
 
     if part is Part.IMAGE_TOKENIZER:
         return ImageTokenizer(checkpoint, device, on_step)
+    if part is Part.PRIOR:
+        return Prior(checkpoint, device)
     if part is Part.VAE:
         return VAE(checkpoint, device, on_step)
     return open_decoder(checkpoint, part, engine, device, on_step)

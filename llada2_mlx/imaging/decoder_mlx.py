@@ -17,10 +17,24 @@ from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid
 from ..worker import MLXWorker, wired_limit
-from .decoder import LatentDecoder, folder_of
+from .decoder import LatentDecoder, decoder_folder
 from .decoder_copy import block_of, check, convert_decoder, own_copy, run_type
-from .flow import DecodeOptions, Tell
+from .flow import DecodeOptions, OnLatent, Tell
+from .step_cache import StepCache
 from .transformer_mlx import Context, Norms, ZImageTransformer
+
+
+class MLXStepCache(StepCache):
+    """A step cache of MLX's arrays."""
+
+    def kept(self, features: mx.array) -> mx.array:
+        """Evaluated, or what it was computed from would be kept too."""
+        mx.eval(features)
+        return features
+
+    def size(self, features: mx.array) -> mx.array:
+        """The mean in float32: millions of values are summed."""
+        return super().size(features.astype(mx.float32))
 
 
 class MLXDecoder(LatentDecoder):
@@ -40,23 +54,31 @@ class MLXDecoder(LatentDecoder):
         RequestError, LLaDA2Error: the copy cannot be made, see ``convert_decoder``.
     """
 
+    new_cache = MLXStepCache
+
     def __init__(
         self, checkpoint: Checkpoint, part: Part = Part.DECODER, on_step: OnStep = ignore, quantised: bool = False
     ):
         super().__init__(checkpoint, part, torch.device("cpu"))
         self._worker = MLXWorker()
-        self.transformer = self._worker.drive(self._read(checkpoint.root / folder_of(part), quantised), on_step)
+        self.transformer = self._worker.drive(self._read(checkpoint.root / decoder_folder(part), quantised), on_step)
         self.channels = self.transformer.config.in_channels
         self._times: tuple[float, tuple[mx.array, list[Norms]]] | None = None
 
-    def velocity(self, condition: torch.Tensor) -> MLXVelocity:
+    def velocity(self, condition: torch.Tensor, cache: StepCache | None = None) -> MLXVelocity:
         """The velocity under a condition, features [tokens, features], for ``flow.solve``."""
-        return MLXVelocity(self, condition)
+        return MLXVelocity(self, condition, cache)
 
-    def sample(self, grids: Sequence[VQGrid], options: DecodeOptions, on_step: OnStep = ignore) -> torch.Tensor:
+    def sample(
+        self,
+        grids: Sequence[VQGrid],
+        options: DecodeOptions,
+        on_step: OnStep = ignore,
+        on_latent: OnLatent | None = None,
+    ) -> torch.Tensor:
         """As ``LatentDecoder.sample``; the weights are kept in memory meanwhile, see ``worker.wired_limit``."""
         with wired_limit(self.size, self._worker.call):
-            return super().sample(grids, options, on_step)
+            return super().sample(grids, options, on_step, on_latent)
 
     def unload(self) -> None:
         """Let the weights go; nothing can be decoded afterwards."""
@@ -103,8 +125,8 @@ class MLXVelocity:
     The refined condition and the rotations are computed in the first call and kept.
     """
 
-    def __init__(self, decoder: MLXDecoder, condition: torch.Tensor):
-        self._decoder, self._condition = decoder, condition
+    def __init__(self, decoder: MLXDecoder, condition: torch.Tensor, cache: StepCache | None = None):
+        self._decoder, self._condition, self._cache = decoder, condition, cache
         self._context: Context | None = None
         self.pieces = len(decoder.transformer.timed_layers)
 
@@ -117,7 +139,7 @@ class MLXVelocity:
         if self._context is None:
             features = mx.array(self._condition.to(torch.float32).numpy())
             self._context = transformer.context(features.astype(transformer.x_pad_token.dtype), latent.shape[1:])
-        steps = transformer.velocity(mx.array(latent), self._context, *self._decoder.times(time))
+        steps = transformer.velocity(mx.array(latent), self._context, *self._decoder.times(time), self._cache)
         for done in range(1, self.pieces + 1):
             next(steps)
             yield Progress("decoding", done, self.pieces)

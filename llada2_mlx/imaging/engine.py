@@ -13,7 +13,7 @@ from ..progress import OnStep, ignore
 from ..vq import VQGrid
 from ..worker import machine_bytes
 from .attention import is_old
-from .decoder import EMBEDDER, LatentDecoder, folder_of, stored
+from .decoder import EMBEDDER, LatentDecoder, decoder_folder, stored
 from .decoder_copy import BITS, block_of, memory_bytes, run_type, weights_of
 from .device import default_device
 from .flow import DecodeOptions
@@ -53,7 +53,7 @@ def check_engine(checkpoint: Checkpoint, part: Part, engine: str) -> None:
     if engine not in ENGINES:
         raise RequestError(f"There is no engine {engine!r}; there are {', '.join(ENGINES)}.")
     checkpoint.require(part)
-    if engine == TORCH and block_of(checkpoint.root / folder_of(part)) is not None:
+    if engine == TORCH and block_of(checkpoint.root / decoder_folder(part)) is not None:
         raise RequestError(
             f"The {part.value} of {checkpoint.root.name} has {BITS} bits, which only MLX runs. Choose the engine {AUTO} or {MLX}, "
             "or the model that it was made of."
@@ -81,7 +81,7 @@ def plan(
         RequestError, CheckpointError: as ``check_engine``.
     """
     check_engine(checkpoint, part, engine)
-    folder, device, reason = checkpoint.root / folder_of(part), device or default_device(), None
+    folder, device, reason = checkpoint.root / decoder_folder(part), device or default_device(), None
     whole = checkpoint.weight_bytes(part)
     # MLX's attention writes no scores out. On a CPU it computes in float32 what is stored in bf16.
     kind = stored(weights_of(folder), EMBEDDER)[0].dtype

@@ -6,7 +6,7 @@ Time runs from 0 (noise) to 1 (picture); the velocity is ``dx/dt``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 from typing import Protocol
@@ -53,6 +53,7 @@ class DecodeOptions:
         time_shift: how far the ODE's time grid is moved towards the noise; 1 leaves it even.
         guidance_start, guidance_end: the times, 0 (noise) to 1 (picture), from which on and before which there is guidance;
             outside of them the negative branch does not run (Kynkaanniemi et al., arXiv:2404.07724).
+        cache_threshold: 0 to 1, of ``step_cache.StepCache``; 0 for no step cache.
 
     Raises:
         RequestError: a value is out of range.
@@ -67,6 +68,7 @@ class DecodeOptions:
     time_shift: float = 6.0
     guidance_start: float = 0.0
     guidance_end: float = 1.0
+    cache_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         least = 2 if self.sampler is Sampler.ODE else 1
@@ -85,6 +87,8 @@ class DecodeOptions:
                 f"Guidance is to start at {self.guidance_start} and to end at {self.guidance_end}; both have to be from 0 (noise) "
                 "to 1 (picture), and the start before the end. Set guidance to 0 for none."
             )
+        if not 0 <= self.cache_threshold <= 1:
+            raise RequestError(f"The cache threshold is {self.cache_threshold}; it has to be from 0 (off) to 1.")
         if not 0 <= self.seed < 2**64:
             raise RequestError(f"The seed is {self.seed}; it has to be from 0 to {2**64 - 1}.")
 
@@ -97,7 +101,7 @@ class DecodeOptions:
 
     @property
     def network_calls(self) -> int | None:
-        """How often the network runs in both branches; None as for ``calls``."""
+        """How often the network runs in both branches, a step cache aside; None as for ``calls``."""
         if self.calls is None or not self.guidance:
             return self.calls
         if self.sampler is Sampler.RENOISE:
@@ -110,6 +114,35 @@ class DecodeOptions:
     def guides(self, time: float) -> bool:
         """Whether there is guidance at a time."""
         return self.guidance_start <= time and (time < self.guidance_end or self.guidance_end == 1)
+
+
+CUSTOM = "custom"
+# Ways of the full decoder from noise to picture, from the most network calls to the fewest. ``python tests/benchmarks/calls.py``
+# measures them; the table is in docs/performance.md.
+PRESETS = {
+    "as published": DecodeOptions(),
+    "balanced": DecodeOptions(steps=25, solver="ab2", time_shift=1.0),
+    "fast": DecodeOptions(steps=13, solver="ab2", time_shift=1.0),
+}
+
+
+def with_preset(options: DecodeOptions, name: str) -> DecodeOptions:
+    """The options with all that a preset decides: steps, sampler, solver, time shift and the interval of guidance.
+
+    Guidance, seed, upscale and the step cache stay as they are.
+
+    Args:
+        name: of ``PRESETS``, or ``CUSTOM``, which decides nothing.
+
+    Raises:
+        RequestError: there is no such preset.
+    """
+    if name == CUSTOM:
+        return options
+    if name not in PRESETS:
+        raise RequestError(f"There is no preset {name!r}; there are {', '.join((CUSTOM, *PRESETS))}.")
+    kept = ("guidance", "seed", "upscale", "cache_threshold")
+    return replace(PRESETS[name], **{field: getattr(options, field) for field in kept})
 
 
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
@@ -126,6 +159,10 @@ def shifted(time: torch.Tensor, shift: float) -> torch.Tensor:
 def ode_times(steps: int, shift: float, device: torch.device) -> torch.Tensor:
     """The ODE's time grid: ``steps`` points from 0 to 1, shifted towards the noise."""
     return shifted(torch.linspace(0, 1, steps, device=device), shift)
+
+
+# Is handed the latent that a network call sees at the end of the way, float32 in the latent's shape. What it raises ends the work.
+OnLatent = Callable[[torch.Tensor], None]
 
 
 class Tell(Protocol):
@@ -176,7 +213,12 @@ def combined(positive: Velocity, negative: Velocity | None, options: DecodeOptio
 
 
 def solve(
-    velocity: Velocity, noise: torch.Tensor, options: DecodeOptions, generator: torch.Generator, on_step: OnStep
+    velocity: Velocity,
+    noise: torch.Tensor,
+    options: DecodeOptions,
+    generator: torch.Generator,
+    on_step: OnStep,
+    on_latent: OnLatent | None = None,
 ) -> torch.Tensor:
     """From noise to a latent, the way that ``options`` say.
 
@@ -184,11 +226,12 @@ def solve(
         noise: the start, float32 [channels, 1, height, width].
         generator: has drawn ``noise``, and draws what the sampler needs more.
         on_step: called several times in a network call; what it raises ends the work.
+        on_latent: handed after each call what is seen of the picture.
 
     Raises:
         LLaDA2Error: the velocity is not finite.
     """
-    calls = _Calls(velocity, options, on_step)
+    calls = _Calls(velocity, options, on_step, on_latent)
     if options.sampler is Sampler.ODE:
         return _integrate(calls, noise, options)
     return _renoise(calls, noise, options.steps, generator)
@@ -197,8 +240,8 @@ def solve(
 class _Calls:
     """A velocity whose calls are counted, told and checked."""
 
-    def __init__(self, velocity: Velocity, options: DecodeOptions, on_step: OnStep):
-        self.velocity, self.on_step = velocity, on_step
+    def __init__(self, velocity: Velocity, options: DecodeOptions, on_step: OnStep, on_latent: OnLatent | None = None):
+        self.velocity, self.on_step, self.on_latent = velocity, on_step, on_latent
         self.calls, self.told, self.time = 0, 0, 0.0
         self.total = options.calls * velocity.pieces if options.calls else None
 
@@ -212,6 +255,8 @@ class _Calls:
                 "picture. Try the other decoder or a smaller picture; on a Mac, PyTorch 2.13 or later. If it stays, download "
                 "the decoder again."
             )
+        if self.on_latent is not None:
+            self.on_latent(latent.to(torch.float32) + (1 - self.time) * result)
         return result
 
     def _tell(self, pieces: int = 1) -> None:

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .attention import SCORES
+from .step_cache import StepCache
 
 ADALN = 256  # the time embedding has this width, or the network's where that is smaller
 FREQUENCIES, TIME_HIDDEN = 256, 1024  # of the time embedding
@@ -292,9 +293,17 @@ class ZImageTransformer(nn.Module):
         return embedding, [layer.norms(embedding) for layer in self.timed_layers]
 
     def velocity(
-        self, latent: mx.array, context: Context, embedding: mx.array, norms: Iterable[Norms]
+        self,
+        latent: mx.array,
+        context: Context,
+        embedding: mx.array,
+        norms: Iterable[Norms],
+        cache: StepCache | None = None,
     ) -> Generator[None, None, mx.array]:
         """The velocity of a latent [channels, height, width], in its shape and in float32; evaluated layer by layer.
+
+        Args:
+            cache: of ``layers`` but the first; those that it saves are yielded for too.
 
         Yields:
             After each of ``timed_layers``.
@@ -307,10 +316,23 @@ class ZImageTransformer(nn.Module):
             mx.eval(x)
             yield
         x = mx.concatenate([x, context.tokens], axis=1)
-        for layer in self.layers:
-            x = layer(x, context.everything, next(at))
-            mx.eval(x)
+        first, *others = self.layers
+        before, x = x, first(x, context.everything, next(at))
+        mx.eval(x)
+        yield
+        known = cache.recall(before, x) if cache and others else None
+        del before
+        after = x if cache else None
+        for layer in others:
+            if known is None:
+                x = layer(x, context.everything, next(at))
+                mx.eval(x)
             yield
+        if known is not None:
+            x = known
+        elif cache and others:
+            cache.remember(after, x)
+        del after, known
         x = self.all_final_layer[own](x[:, : patches.shape[1]], embedding)
         return self._latent(x, latent.shape).astype(mx.float32)
 

@@ -13,10 +13,11 @@ from ..errors import CheckpointError
 from ..progress import OnStep, ignore
 from ..vq import VQGrid
 from .attention import attention_for, score_bytes
-from .decoder import EMBEDDER, LatentDecoder, folder_of, stored
+from .decoder import EMBEDDER, LatentDecoder, decoder_folder, stored
 from .device import build, default_device, load_module, read_config, read_tensors, synchronize
 from .flow import DecodeOptions, Tell
 from .prior import FEATURE_UPSAMPLING
+from .step_cache import StepCache
 
 # What there is of a token at once, in units of the network's width: see ``Decoder.working_bytes``
 FEED_FORWARD_UNITS, ATTENTION_UNITS = 16, 7
@@ -45,7 +46,7 @@ class Decoder(LatentDecoder):
         from diffusers import ZImageTransformer2DModel
 
         super().__init__(checkpoint, part, device or default_device())
-        folder = folder_of(part)
+        folder = decoder_folder(part)
         path = checkpoint.only_safetensors(folder)
         # the published config states another width, and axes that are too short
         config = read_config(checkpoint, folder) | {
@@ -65,9 +66,9 @@ class Decoder(LatentDecoder):
         self._context = _ContextRefiner(self.transformer.context_refiner)
         self.transformer.context_refiner = nn.ModuleList([self._context])
 
-    def velocity(self, condition: torch.Tensor) -> BranchVelocity:
+    def velocity(self, condition: torch.Tensor, cache: StepCache | None = None) -> BranchVelocity:
         """The velocity under a condition, features [tokens, features], for ``flow.solve``."""
-        return BranchVelocity(self.transformer, self._context, condition.to(self.transformer.dtype))
+        return BranchVelocity(self.transformer, self._context, condition.to(self.transformer.dtype), cache)
 
     @staticmethod
     def working_bytes(
@@ -78,12 +79,13 @@ class Decoder(LatentDecoder):
         Fitted to what ``python -m benchmarks.memory`` (in ``tests/``) counts at the published width for pictures of 512 to
         2048 pixels: the live tensors of whole calls, without what a kernel takes for itself. The most is within a layer, in
         its feed-forward part (15.7 values a token and unit of width at most), or in its attention (6.8) where that writes
-        scores out. Kept all the while are the features of all pictures, those of the other branch, and both refined.
+        scores out. Kept all the while are the features of all pictures, those of the other branch, and both refined, and what
+        a step cache remembers.
 
         Raises:
             CheckpointError: the weights are missing or damaged, or of another network.
         """
-        path = checkpoint.only_safetensors(folder_of(part))
+        path = checkpoint.only_safetensors(decoder_folder(part))
         embedder, norm = stored(path, EMBEDDER, "layers.0.attention.norm_q.weight")
         head = norm.shape[0]
         (width, features), size = embedder.shape, 4 if embedder.dtype == "F32" else 2
@@ -93,6 +95,8 @@ class Decoder(LatentDecoder):
         layer = tokens * width * size
         scores = score_bytes(device, width // head, tokens, head, size)
         kept = condition * size * ((len(grids) + branches - 1) * features + branches * width)
+        if options.cache_threshold:
+            kept += (2 * branches + 1) * layer  # what the first layer and the others added, and what they add to
         return max(FEED_FORWARD_UNITS * layer, ATTENTION_UNITS * layer + scores if scores else 0) + kept
 
 
@@ -100,12 +104,22 @@ class BranchVelocity:
     """diffusers' transformer under one condition: ``(time, latent) -> velocity``, see ``flow.Velocity``.
 
     The context refiner sees neither time nor latent, so what it gives is computed in the first call and kept.
+
+    Args:
+        cache: of the main layers but the first; the last layer, which sees the time too, runs in every call.
     """
 
-    def __init__(self, transformer: nn.Module, context: _ContextRefiner, condition: torch.Tensor):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        context: _ContextRefiner,
+        condition: torch.Tensor,
+        cache: StepCache | None = None,
+    ):
         self._transformer, self._refiner, self._condition = transformer, context, condition
         self._refined: torch.Tensor | None = None
         self._layers = [*transformer.noise_refiner, *transformer.layers]
+        self._cached = _CachedLayers(transformer.layers, cache) if cache and len(transformer.layers) > 1 else None
         self.pieces = len(self._layers)
 
     @torch.no_grad()
@@ -121,11 +135,37 @@ class BranchVelocity:
             stack.enter_context(attention_for(device))
             for layer in self._layers:
                 stack.callback(layer.register_forward_hook(told).remove)
+            if self._cached:
+                stack.callback(setattr, self._transformer, "layers", self._transformer.layers)
+                self._transformer.layers, self._cached.tell = nn.ModuleList([self._cached]), tell
             self._refiner.output = self._refined
             stack.callback(setattr, self._refiner, "output", None)
             predicted = self._transformer([latent.to(dtype)], times, [self._condition], return_dict=False)[0][0]
             self._refined = self._refiner.output
         return predicted.to(torch.float32)
+
+
+class _CachedLayers(nn.Module):
+    """Main layers as one, behind a step cache; tells of those that it saves."""
+
+    def __init__(self, layers: nn.ModuleList, cache: StepCache):
+        super().__init__()
+        self.layers, self.cache = layers, cache
+        self.tell: Tell = lambda pieces=1: None
+
+    def forward(self, features: torch.Tensor, *where: torch.Tensor | None) -> torch.Tensor:
+        first, *others = self.layers
+
+        def rest(features: torch.Tensor) -> torch.Tensor:
+            for layer in others:
+                features = layer(features, *where)
+            return features
+
+        skipped = self.cache.skipped
+        result = self.cache(features, first(features, *where), rest)
+        if self.cache.skipped > skipped:
+            self.tell(len(others))
+        return result
 
 
 class _ContextRefiner(nn.Module):

@@ -16,7 +16,8 @@ from .folders import (
 from .graph import JOIN, check_codes, check_one_codebook, given, is_linked, listed, wanted_picture
 from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
 from .memory import ManagedBackbone, ManagedPart, backbone, decoder, image_part
-from .preview import appearing
+from .native import comfy_decoder, comfy_vae, empty_latent
+from .preview import appearing, appearing_latent
 from .progress import explains, progress, progress_text, readings, tell, warn
 from .validation import refusal
 
@@ -28,6 +29,7 @@ __all__ = [
     "ManagedBackbone",
     "ManagedPart",
     "appearing",
+    "appearing_latent",
     "backbone",
     "check_codes",
     "check_grid",
@@ -35,7 +37,10 @@ __all__ = [
     "check_one_codebook",
     "check_prefix",
     "checkpoint",
+    "comfy_decoder",
+    "comfy_vae",
     "decoder",
+    "empty_latent",
     "explains",
     "fingerprint",
     "given",

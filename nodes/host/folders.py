@@ -14,7 +14,16 @@ import folder_paths
 
 from ...llada2_mlx.checkpoint.hub import cached
 from ...llada2_mlx.checkpoint.layout import BUILT_IN as BUILT_IN_FOLDER
-from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint, Part, model_folders, resolve
+from ...llada2_mlx.checkpoint.layout import (
+    HUB_LIST,
+    HUB_MODEL,
+    Checkpoint,
+    Part,
+    cached_ids,
+    listed_ids,
+    model_folders,
+    resolve,
+)
 from ...llada2_mlx.errors import CheckpointError, RequestError
 from ...llada2_mlx.vq import VQGrid
 from .progress import progress
@@ -30,29 +39,43 @@ folder_paths.add_model_folder_path(_FOLDER, os.path.join(folder_paths.models_dir
 
 
 def model_names() -> list[str]:
-    """What a model list offers: the built-in default, the folders under ``models/llada2``, the hub's model."""
-    return [BUILT_IN, *sorted(_folders()), HUB_MODEL]
+    """What a model list offers: the built-in default, the folders under ``models/llada2``, and hub models."""
+    return [BUILT_IN, *sorted(_folders()), *hub_models()]
+
+
+def hub_models() -> list[str]:
+    """The published model, those in ``models/llada2/hub.txt``, and those of the same layout in the hub's cache."""
+    listed, problems = listed_ids(map(Path, folder_paths.get_folder_paths(_FOLDER)))
+    for problem in problems:
+        _log_once(problem)
+    return list(dict.fromkeys([HUB_MODEL, *listed, *cached_ids()]))
 
 
 def checkpoint(model: str, *parts: Part) -> Checkpoint:
-    """The checkpoint behind a name of the list, with ``parts`` in it; the hub's model is downloaded where it is not yet.
+    """The checkpoint behind a name of the list, with ``parts`` in it; a hub model is downloaded where it is not yet.
 
     Raises:
         CheckpointError: there is no such model, or it lacks a part.
     """
     folders = _folders() | {BUILT_IN: BUILT_IN_FOLDER}
-    if model not in [*folders, HUB_MODEL]:
+    if model not in folders and not is_hub_model(model):
         raise CheckpointError(
-            f"There is no model {model!r}. There are: {', '.join(model_names())}. Put a model folder into models/{_FOLDER}."
+            f"There is no model {model!r}. There are: {', '.join(model_names())}. Put a model folder into models/{_FOLDER}, "
+            f"or a hub id into models/{_FOLDER}/{HUB_LIST}."
         )
     if model in folders:
         return resolve(folders[model], *parts)
     return resolve(model, *parts, on_step=progress())
 
 
+def is_hub_model(model: str) -> bool:
+    """Whether a name of the list is a hub id, which is downloaded where it is not here yet."""
+    return model in hub_models()
+
+
 def local_checkpoint(model: str) -> Checkpoint | None:
     """What is on this machine of a model of the list, complete or not; None where nothing is. Nothing is downloaded."""
-    if model == HUB_MODEL:
+    if is_hub_model(model):
         found = cached(model)
     else:
         found = (_folders() | {BUILT_IN: BUILT_IN_FOLDER}).get(model)
@@ -60,8 +83,8 @@ def local_checkpoint(model: str) -> Checkpoint | None:
 
 
 def check_model(model: str, *parts: Part) -> None:
-    """Like ``checkpoint``, when queueing: the hub's model is not looked at, because that could take long."""
-    if model not in (HUB_MODEL, CODES, BACKBONES):
+    """Like ``checkpoint``, when queueing: a hub model is not looked at, because that could take long."""
+    if model not in (CODES, BACKBONES) and not is_hub_model(model):
         checkpoint(model, *parts)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
 from comfy_execution.graph_utils import ExecutionBlocker, is_link
 from comfy_execution.utils import get_executing_context
 
 from ...llada2_mlx.checkpoint.codebook import origin, require_one_codebook
-from ...llada2_mlx.checkpoint.layout import HUB_MODEL, Checkpoint
+from ...llada2_mlx.checkpoint.layout import Checkpoint
 from ...llada2_mlx.errors import LLaDA2Error
 from ...llada2_mlx.prompts import require_text
-from .folders import CODES, checkpoint, model_names
+from .folders import CODES, checkpoint, is_hub_model, model_names
 from .grids import LOADER, model_of_file
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def listed(values: list) -> list | ExecutionBlocker:
 def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkpoint], object] | None = None) -> None:
     """Say before the codes behind the link ``vq`` are made that they cannot be used with ``model``.
 
-    The hub's model is not looked at, because that could take long.
+    A hub model is not looked at, because that could take long.
 
     Args:
         model: a name, or "the codes' own".
@@ -68,7 +68,7 @@ def check_codes(graph: DynamicPrompt | None, model: str, check: Callable[[Checkp
     """
     for makers in models_behind(graph, "vq"):
         used = makers if model == CODES else [model]
-        if HUB_MODEL in (*used, *makers):
+        if any(map(is_hub_model, (*used, *makers))):
             continue
         if check is not None:
             _require_any(lambda own=own: check(checkpoint(own)) for own in used)
@@ -97,7 +97,7 @@ def check_one_codebook(graph: DynamicPrompt | None, one: str, other: str) -> Non
     """
     names = model_names()
     pairs = list(product(*(list(_models(graph, given(graph, name), names, set())) for name in (one, other))))
-    if not any(HUB_MODEL in pair for pair in pairs):
+    if not any(map(is_hub_model, chain(*pairs))):
         _require_any(partial(_check_pair, *pair) for pair in pairs)
 
 

@@ -13,8 +13,8 @@ from comfy.model_patcher import ModelPatcher
 
 from ...llada2_mlx.checkpoint.layout import Part
 from ...llada2_mlx.progress import ignore
-from .folders import checkpoint, fingerprint
-from .progress import tell
+from .folders import checkpoint, fingerprint, is_hub_model
+from .progress import progress, tell
 
 if TYPE_CHECKING:
     from ...llada2_mlx.backbone.handle import Backbone
@@ -120,10 +120,15 @@ _parts: dict[tuple, tuple[tuple, ManagedPart]] = {}
 def backbone(model: str, precision: str) -> ManagedBackbone:
     """The backbone of a model. Its files' headers are checked now, its weights read on use.
 
-    Tells on the node why "auto" picked what it did.
+    A hub model that is not here and is asked for with few bits is converted while it arrives. Tells on the node why "auto"
+    picked what it did.
     """
+    from ...llada2_mlx.backbone.fetch import fetch_copy, needs_fetching
     from ...llada2_mlx.backbone.handle import Backbone
+    from ...llada2_mlx.backbone.precision import BITS
 
+    if is_hub_model(model) and needs_fetching(model, precision):
+        fetch_copy(model, BITS[precision], progress())
     handle = Backbone(checkpoint(model, Part.BACKBONE), precision)
     tell(handle.reason)
     key = "backbone", handle.checkpoint.root.resolve(), handle.precision  # "auto" is one of the others

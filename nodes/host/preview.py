@@ -1,13 +1,20 @@
-"""Codes as a picture that the running node shows while they are drawn."""
+"""Codes and latents as a picture that the running node shows while they are made."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from comfy.latent_formats import Flux
+from latent_preview import Latent2RGBPreviewer
 from PIL import Image
 
+from ...llada2_mlx.checkpoint.layout import Checkpoint, Part
 from ...llada2_mlx.errors import LLaDA2Error
 from ...llada2_mlx.imaging.look import look, palette
 from .folders import local_checkpoint
@@ -37,3 +44,44 @@ def appearing(model: str, on_step: progress) -> Callable[[np.ndarray, np.ndarray
             on_step.preview(Image.fromarray(look(codes, colours, masked, scale)))
 
     return None if colours is None else show
+
+
+def appearing_latent(found: Checkpoint, on_step: progress) -> Callable[[torch.Tensor], None]:
+    """For a decoder's ``on_latent``: shows what is seen of the picture, at most ten times a second."""
+    previewer, last = Latent2RGBPreviewer(*latent_colours(found)), 0.0
+
+    def show(latent: torch.Tensor) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _INTERVAL:
+            last = time.monotonic()
+            small = previewer.decode_latent_to_preview(latent.movedim(1, 0))
+            scale = max(1, _SIDE // max(small.size))  # the canvas shows a picture no larger than it is
+            on_step.preview(small.resize([scale * side for side in small.size], Image.Resampling.BILINEAR))
+
+    return show
+
+
+def latent_colours(found: Checkpoint) -> tuple[list[list[float]], list[float]]:
+    """The colours of a model's latents as ComfyUI writes them, [channels][3] and [3]: its own where the VAE is FLUX's, else
+    fitted to the VAE."""
+    return _latent_colours(found.root, found.fingerprint(Part.VAE))
+
+
+@lru_cache(4)
+def _latent_colours(root: Path, state: tuple) -> tuple[list[list[float]], list[float]]:
+    from ...llada2_mlx.imaging.device import read_config
+    from ...llada2_mlx.imaging.vae import VAE
+
+    if is_flux_build(read_config(Checkpoint(root), "vae")):
+        return Flux().latent_rgb_factors, Flux().latent_rgb_factors_bias
+    factors, bias = VAE(Checkpoint(root), torch.device("cpu")).colours()
+    return factors.tolist(), bias.tolist()
+
+
+def is_flux_build(config: Mapping[str, Any]) -> bool:
+    """Whether a VAE is built as FLUX's is, the only one that ComfyUI's class can hold."""
+    return (
+        list(config.get("block_out_channels", ())) == [128, 256, 512, 512]
+        and (config.get("layers_per_block"), config.get("norm_num_groups", 32)) == (2, 32)
+        and config.get("mid_block_add_attention", True)
+    )

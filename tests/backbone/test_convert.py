@@ -21,7 +21,7 @@ from published import BACKBONE as PUBLISHED
 from safetensors.torch import load_file, save_file
 from synthetic import BACKBONE, Sizes, tiny, write_backbone
 
-from llada2_mlx import cli, tasks
+from llada2_mlx import __version__, cli, tasks
 from llada2_mlx.backbone import precision
 from llada2_mlx.backbone.convert import STATE, convert, is_current, own_copy
 from llada2_mlx.backbone.handle import Backbone
@@ -573,6 +573,24 @@ def test_a_copy_with_its_parts_can_be_replaced(source: Checkpoint) -> None:
     change(source)
     Backbone(source, "8bit").load()
     assert is_current(copy, source, 8)
+
+
+def test_a_copy_says_how_it_was_made(source: Checkpoint, tmp_path: Path) -> None:
+    convert_it, about = (
+        ["convert", str(source.root), str(tmp_path / "copy"), "--bits", "6"],
+        tmp_path / "copy/README.md",
+    )
+    shutil.move(source.root / "vae", tmp_path / "vae")
+    assert cli.main(convert_it) == 0
+    told = about.read_text()
+    assert told.startswith("---\nlibrary_name: mlx\ntags: ") and "base_model" not in told
+    assert "# source, 6bit\n" in told and "Parts: backbone, image tokenizer, decoder, turbo decoder.\n" in told
+    assert f"Made by ComfyUI-LLaDA2-MLX {__version__} with MLX {mx.__version__}:\n" in told
+    shutil.move(tmp_path / "vae", source.root / "vae")
+    assert cli.main(convert_it) == 0
+    assert "turbo decoder, VAE.\n" in about.read_text()  # it grew
+    about.write_text("What I found out about it.")
+    assert cli.main(convert_it) == 0 and about.read_text() == "What I found out about it."
 
 
 def test_a_disk_without_locks(source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

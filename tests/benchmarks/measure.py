@@ -74,7 +74,7 @@ class Section:
 def picture(backbone: Backbone, pixels: int, rescale: float = 0.7) -> Request:
     """A square drawing of ``pixels``, as drawn with the defaults of the node: guidance 2.0.
 
-    The prompts have 36 and 30 tokens, those of the figures in the README.
+    The prompts have 36 and 30 tokens, those of the figures in docs/performance.md.
     """
     vocabulary = Vocabulary(backbone.tokens.mask, first=backbone.config.image_token_offset)
     branches = (_text(backbone, 36, 1), _text(backbone, 30, 2))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import PAGE, Answer, Hub, is_large, serving
+from hub_server import PAGE, Answer, Hub, environment, is_large, serving, talk_to
 from safetensors.torch import load_file, save_file
 from synthetic import tiny
 
@@ -60,16 +60,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with the model, to which the client in this process talks, and an empty cache."""
     with serving(published, HUB_MODEL) as served:
-        constants = "huggingface_hub.constants."
-        monkeypatch.setattr(constants + "ENDPOINT", served.address)
-        template = served.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-        monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants + "DOWNLOAD_CHUNK_SIZE", 4096)  # the files here are smaller than its own 10 MB
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        huggingface_hub.close_session()
+        talk_to(served, tmp_path / "cache", monkeypatch)
         yield served
     huggingface_hub.close_session()
 
@@ -783,9 +774,7 @@ def command(hub: Hub, cache: Path, *words: str, **options) -> subprocess.Complet
 
 
 def python(hub: Hub, cache: Path, *words: str, **options) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1,localhost"}
-    return subprocess.run([sys.executable, *words], env=environment, text=True, **options)
+    return subprocess.run([sys.executable, *words], env=environment(hub, cache), text=True, **options)
 
 
 def test_the_command_fetches_what_it_is_told_and_says_where_it_is(hub: Hub, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from llada2_mlx.backbone.denoising import Method
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.network import LLaDA2
 from llada2_mlx.backbone.weights import published_names
-from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part, model_folders, resolve
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part, cached_ids, listed_ids, model_folders, resolve
 from llada2_mlx.errors import CheckpointError, RequestError
 from llada2_mlx.imaging import load_part
 from llada2_mlx.progress import Progress
@@ -621,3 +621,58 @@ def test_a_damaged_file_in_the_hubs_cache_says_the_command(
     (root / name).unlink()
     with pytest.raises(CheckpointError, match=f"with: llada2-mlx download someone/model --parts {part.word}$"):
         resolve(root, part)
+
+
+# --- hub models to choose from ------------------------------------------------------------------------------------
+
+
+def test_ids_are_listed_in_a_file_one_a_line(tmp_path: Path) -> None:
+    first, second, none = (tmp_path / name for name in ("first", "second", "none"))
+    for folder in (first, second):
+        folder.mkdir()
+    (first / "hub.txt").write_bytes(
+        b"\xef\xbb\xbf# what friends made\r\nsomeone/LLaDA2-4bit  # small\r\n\r\nnot an id\n../etc\nname-alone\n"
+    )
+    (second / "hub.txt").write_text("someone/LLaDA2-4bit\nother/one\na/b/c")
+    found, problems = listed_ids([first, none, second])
+    assert found == ["someone/LLaDA2-4bit", "other/one"]
+    assert [line.split(": ")[0] for line in problems] == [
+        *(f"{first / 'hub.txt'}, line {number}" for number in (4, 5, 6)),
+        f"{second / 'hub.txt'}, line 3",
+    ]
+    assert "'not an id' is no hub id such as" in problems[0] and "Write one id a line" in problems[0]
+
+
+def test_a_list_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "hub.txt").write_bytes(b"someone/\xff\xfe")
+    found, (problem,) = listed_ids([tmp_path])
+    assert not found and "hub.txt cannot be read (it is no text in UTF-8)" in problem
+    (tmp_path / "hub.txt").unlink()
+    (tmp_path / "hub.txt").mkdir()
+    found, (problem,) = listed_ids([tmp_path])
+    assert not found and "hub.txt cannot be read (Is a directory)" in problem
+
+
+def test_models_of_the_layout_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert cached_ids() == []  # there is no cache
+
+    def cache(name: str, config: str | None) -> Path:
+        store = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        (store / "snapshots/abc").mkdir(parents=True)
+        (store / "refs").mkdir()
+        (store / "refs/main").write_text("abc")
+        if config is not None:
+            (store / "snapshots/abc/config.json").write_text(config)
+        return store
+
+    ours = (tiny() / "config.json").read_text()
+    cache("z/ours", ours)
+    cache("a/ours-too", ours)
+    cache("a/another", json.dumps({"model_type": "qwen3"}))
+    cache("a/broken", "{")
+    cache("a/parts-alone", None)
+    (cache("a/no-revision", ours) / "refs/main").unlink()
+    (cache("a/strange-revision", ours) / "refs/main").write_text("../..")
+    (tmp_path / "cache/models--a--file").write_text("no folder")
+    assert cached_ids() == ["a/ours-too", "z/ours"]

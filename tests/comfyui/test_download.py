@@ -65,3 +65,37 @@ def test_the_hubs_model_is_fetched_part_by_part(downloading: Comfy, hub: Hub) ->
     hub.requests.clear()
     run = downloading.run(workflow("text_to_image", **TEXT_TO_IMAGE | {"2": {"seed": 5}}))
     assert run.error is None and not hub.requests
+
+
+def test_few_bits_are_converted_while_they_arrive(comfyui: tuple[Path, Path], hub: Hub, tmp_path: Path) -> None:
+    """A model that is not here, asked for with 4 bits: the node keeps the copy alone, under an id that ``hub.txt`` names."""
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / PACK).symlink_to(ROOT)
+    (tmp_path / "models/llada2").mkdir(parents=True)
+    (tmp_path / "models/llada2/hub.txt").write_text("# mine\nsomeone/Shapes\nno id\n")
+    environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1,localhost"}
+    hub.repo, hub.pause = "someone/Shapes", 0
+    hub.requests.clear()
+    try:
+        with serve(*comfyui, tmp_path, **environment) as client:
+            about = client.get("/object_info/LoadLLaDA2Backbone")["LoadLLaDA2Backbone"]
+            told = about["input"]["required"]["model"][1]["options"]
+            assert told[-2:] == [HUB_MODEL, "someone/Shapes"]
+            assert "hub.txt, line 3: 'no id' is no hub id such as" in client.log()
+            graph = {"1": {"model": "someone/Shapes", "precision": "4bit"}, "3": {"model": "someone/Shapes"}}
+            run = client.run(workflow("text_to_image", **graph))
+            assert run.error is None, run.error
+            assert client.images(run)
+            assert any(text.startswith("downloading: ") for name, text in run.texts if name == "1")
+            (folder,) = (tmp_path / "home/hub/models--someone--Shapes/snapshots").iterdir()
+            assert (folder / "mlx-4bit/config.json").exists() and not (folder / "model.safetensors").exists()
+            assert hub.ranges("model.safetensors") == [0]
+
+            hub.requests.clear()
+            run = client.run(
+                workflow("text_to_image", **graph | {"1": {"model": "someone/Shapes", "precision": "bf16"}})
+            )
+            assert run.error["node_id"] == "1" and "only as a smaller copy, 4bit" in run.error["exception_message"]
+            assert not hub.requests
+    finally:
+        hub.repo = HUB_MODEL

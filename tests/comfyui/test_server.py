@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from client import WORKFLOWS, Comfy, failed, ran, told, workflow
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file, save_file
 
 from llada2_mlx.checkpoint.layout import BUILT_IN
@@ -28,6 +28,8 @@ NODES = [
     "LLaDA2Grow",
     "LLaDA2Sprint",
     "ZImageDecode",
+    "LLaDA2LoadZImageDecoder",
+    "LLaDA2VQToConditioning",
 ]
 # what the shipped prompts ask for, as the detector reads it
 STAR = (Kind.STAR, Colour.BLUE, Place.BOTTOM_RIGHT)
@@ -71,7 +73,7 @@ def test_defaults_are_the_models_own(comfy: Comfy) -> None:
 
 
 def test_the_models_that_are_offered(comfy: Comfy) -> None:
-    for node in ("LoadLLaDA2Backbone", "SigLIPVQEncode", "ZImageDecode"):
+    for node in ("LoadLLaDA2Backbone", "SigLIPVQEncode", "ZImageDecode", "LLaDA2LoadZImageDecoder"):
         options = comfy.get(f"/object_info/{node}")[node]["input"]["required"]["model"][1]["options"]
         assert [option for option in options if not option.endswith("own")] == [
             "Shapes (built in)",
@@ -100,7 +102,7 @@ def test_a_shipped_workflow_runs_to_its_end(comfy: Comfy, name: str) -> None:
             image.load()
             assert image.width >= 256
             found = read(image)
-        edited = name == "edit_a_picture" and "after" in path.name
+        edited = name in ("edit_a_picture", "refine_a_photo") and "after" in path.name
         allowed = [EDITED] if edited else [DRAWN, SECOND] if name == "ask_about_two_pictures" else [DRAWN]
         assert found is not None and found.layout() in allowed, path.name
     if name == "ask_about_a_picture":
@@ -138,6 +140,19 @@ def test_the_bar_starts_again_after_the_weights_were_loaded(comfy: Comfy, unique
     own = [(event["value"], event["max"]) for event in run.progress if event["node"] == "2"]
     weights, denoising = own[0][1], own[-1][1]
     assert weights != denoising and (1, weights) in own and (1, denoising) in own
+
+
+def test_the_picture_appears_while_it_is_decoded(comfy: Comfy, unique: str) -> None:
+    """In its own colours, before it is there: 32 x 32 latents, enlarged."""
+    slow = workflow("text_to_image", **{"3": {"decoder": "full", "decoder.steps": 40, "decoder.solver": "euler"}})
+    slow["3"]["inputs"].pop("decoder.sampler")
+    run = ran(comfy.run(slow))
+    seen = [picture for node, picture in run.previews if node == "3"]
+    assert len(seen) > 1 and all(picture.size == (512, 512) for picture in seen)
+    with Image.open(*comfy.images(run)) as image:
+        drawn = image.convert("RGB").resize((512, 512))
+    far = [ImageStat.Stat(ImageChops.difference(picture, drawn)).mean for picture in seen]
+    assert max(far[-1]) < 40 and sum(far[-1]) <= sum(far[0])  # shades of 255
 
 
 def test_the_answer_grows_on_the_canvas(comfy: Comfy) -> None:
@@ -263,14 +278,14 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_node_of_a_template_hides_another(name: str) -> None:
-    """With the room that a text below a node takes, or codes that appear, which comes when the node has something to show."""
-    title, text, codes, gap = 30, 60, 200, 10  # pixels
-    drawing = ("LLaDA2TextToVQ", "LLaDA2Edit", "LLaDA2Redraw", "LLaDA2Grow", "LLaDA2Story")
+    """With the room that a text below a node takes, or a picture that appears, which comes when the node has something to show."""
+    title, text, picture, gap = 30, 60, 200, 10  # pixels
+    drawing = ("LLaDA2TextToVQ", "LLaDA2Edit", "LLaDA2Redraw", "LLaDA2Grow", "LLaDA2Story", "ZImageDecode", "KSampler")
     boxes = []
     for node in json.loads((WORKFLOWS / f"{name}.json").read_text())["nodes"]:
         (left, top), (width, height) = node["pos"], node["size"]
         shows_itself = ("MarkdownNote", "LoadImage", "SaveImage", "PreviewImage")
-        below = codes if node["type"] in drawing else 0 if node["type"] in shows_itself else text
+        below = picture if node["type"] in drawing else 0 if node["type"] in shows_itself else text
         boxes.append((left, top - title, left + width + gap, top + height + below + gap))
     for one, other in combinations(boxes, 2):
         apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]

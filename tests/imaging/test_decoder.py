@@ -47,6 +47,19 @@ def test_a_picture_of_a_batch_is_what_it_is_alone(decoder: Decoder) -> None:
         assert torch.equal(batch[index : index + 1], decoder.sample([own], replace(OPTIONS, seed=7 + index)))
 
 
+@pytest.mark.parametrize("sampler", list(Sampler))
+def test_what_is_seen_of_the_picture_is_handed_over_after_each_call(decoder: Decoder, sampler: Sampler) -> None:
+    """After the last call of Euler it is the picture itself."""
+    seen: list[torch.Tensor] = []
+    latents = decoder.sample([grid(0), grid(1)], replace(OPTIONS, sampler=sampler), on_latent=seen.append)
+    calls = OPTIONS.steps - (sampler is Sampler.ODE)
+    assert len(seen) == 2 * calls and all(each.shape == (16, 1, 16, 20) for each in seen)
+    assert all(each.dtype == torch.float32 for each in seen)
+    assert torch.equal(latents, decoder.sample([grid(0), grid(1)], replace(OPTIONS, sampler=sampler)))
+    for picture, last in zip(latents, (seen[calls - 1], seen[-1]), strict=True):
+        torch.testing.assert_close(picture, last[:, 0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("upscale", [1, 2])
 def test_the_size_of_the_picture(decoder: Decoder, upscale: int) -> None:
     latents = decoder.sample([grid(), grid()], replace(OPTIONS, upscale=upscale))

@@ -1,4 +1,4 @@
-"""Guidance in an interval of time."""
+"""Guidance in an interval of time, and presets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from synthetic import tiny
 
 from llada2_mlx.checkpoint.layout import Checkpoint, Part
 from llada2_mlx.errors import RequestError
-from llada2_mlx.imaging.flow import FIXED_SOLVERS, DecodeOptions, Sampler, combined, solve
+from llada2_mlx.imaging.flow import (
+    CUSTOM,
+    FIXED_SOLVERS,
+    PRESETS,
+    DecodeOptions,
+    Sampler,
+    combined,
+    solve,
+    with_preset,
+)
 from llada2_mlx.imaging.transformer_torch import Decoder
 from llada2_mlx.progress import Progress
 from llada2_mlx.vq import VQGrid
@@ -73,3 +82,31 @@ def test_an_interval_that_is_all_of_it_changes_no_bit() -> None:
 def test_what_cannot_be_is_refused(options: dict, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         DecodeOptions(**options)
+
+
+MINE = DecodeOptions(7, 0.5, 9, 1, Sampler.RENOISE, "midpoint", 2.0, 0.1, 0.9)
+
+
+def test_custom_decides_nothing_and_as_published_is_what_untouched_options_are() -> None:
+    assert with_preset(MINE, CUSTOM) is MINE
+    assert PRESETS["as published"] == DecodeOptions() and DecodeOptions().network_calls == 98
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_decides_the_way_and_leaves_guidance_seed_and_size(name: str) -> None:
+    made = with_preset(MINE, name)
+    assert (made.guidance, made.seed, made.upscale) == (0.5, 9, 1)
+    assert made == DecodeOptions(**vars(PRESETS[name]) | {"guidance": 0.5, "seed": 9, "upscale": 1})
+    _, positive, negative, _ = run(made)
+    assert len(positive.times) + len(negative.times) == made.network_calls == PRESETS[name].network_calls
+
+
+def test_each_preset_takes_at_most_half_of_the_calls_of_the_one_before() -> None:
+    calls = [preset.network_calls for preset in PRESETS.values()]
+    assert all(2 * fewer <= more for more, fewer in zip(calls, calls[1:]))
+    assert 4 * calls[-1] <= calls[0]
+
+
+def test_there_is_no_other_preset() -> None:
+    with pytest.raises(RequestError, match="no preset 'best'; there are custom, as published"):
+        with_preset(MINE, "best")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +94,20 @@ def test_what_the_decoder_needs_is_reserved(
     assert needed <= reserved <= AT_MOST * needed
     # only MPS writes scores out, and only before 2.13
     assert (reserved > Decoder.working_bytes(published, PART, given, options, CPU)) == old
+
+
+@pytest.mark.parametrize(("codes", "guidance"), [(16, 1.0), (32, 0.0), (64, 1.0)])
+def test_what_a_step_cache_remembers_is_reserved(tmp_path: Path, codes: int, guidance: float) -> None:
+    """With two main layers, so that there is something to remember; the third call takes the place of the second."""
+    published = hollow_checkpoint(tmp_path, 2)
+    with on_meta():
+        decoder = Decoder(published, PART, META)
+    options, given = DecodeOptions(steps=3, guidance=guidance, cache_threshold=0.1), grids(codes)
+    needed = counted(lambda: decoder.sample(given, options), {})
+    assert decoder.skipped_calls == 0  # without values every distance is 1
+    reserved = Decoder.working_bytes(published, PART, given, options, MPS)
+    assert needed <= reserved <= AT_MOST * needed
+    assert Decoder.working_bytes(published, PART, given, replace(options, cache_threshold=0.0), MPS) < reserved
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 128), (256, 256), (256, 120)])

@@ -1,6 +1,6 @@
 """The built-in model does what it was trained for, on combinations that it never saw. Pictures are read by plain code.
 
-The thresholds lie below the table in the README, because a dozen of pictures is few and platforms round differently.
+The thresholds lie below the table in docs/shapes.md, because a dozen of pictures is few and platforms round differently.
 ``python -m llada2_mlx.shapes.measures`` gives the whole table.
 """
 
