@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .backbone.handle import Backbone
     from .backbone.session import Report
     from .backbone.sprint import Sprint
+    from .imaging.decoder import LatentDecoder
     from .imaging.flow import DecodeOptions
 
 # the words of the command line for what the library calls so; the library itself is imported when it is needed
@@ -40,6 +41,7 @@ PRESETS = {"custom": "custom", "published": "as published", "balanced": "balance
 WAY = {"sampler": "ode", "solver": "euler", "time_shift": 6.0, "guidance_start": 0.0, "guidance_end": 1.0}
 DECODERS = {"full": (Part.DECODER, 50), "turbo": (Part.DECODER_TURBO, 8)}
 PARTS = {part.word: part for part in Part}
+ENGINES = ("auto", "torch", "mlx", "mlx-8bit")
 ALL_TASKS = [name for name, part in PARTS.items() if part is not Part.DECODER]  # the turbo decoder is the default
 SEEING = {"picture": prompts.Seeing.PICTURE, "before": prompts.Seeing.BEFORE}
 PURPOSES = {
@@ -364,14 +366,21 @@ def demo(a: argparse.Namespace) -> None:
 
 
 def convert(a: argparse.Namespace) -> None:
-    """Write a smaller copy of a model: its language model with few bits, the rest linked."""
+    """Write a smaller copy of a model: its language model with few bits, its decoders too if asked, the rest linked."""
     from .backbone.convert import add_parts, convert, is_current
+    from .imaging.decoder import decoder_folder
+    from .imaging.decoder_copy import convert_decoder
     from .worker import MLXWorker
 
     source, copy, worker = _resolve(a, Part.BACKBONE), Checkpoint(Path(a.destination).absolute()), MLXWorker()
     with _Bars() as on_step:
         if not is_current(copy.root, source, a.bits, a.group_size):
             worker.drive(convert(source, copy.root, a.bits, a.group_size), on_step)
+        for part in (Part.DECODER, Part.DECODER_TURBO) if a.decoder_bits == 8 else ():
+            if not source.missing(part):
+                worker.drive(
+                    convert_decoder(source.root / decoder_folder(part), copy.root / decoder_folder(part)), on_step
+                )
         worker.drive(add_parts(source, copy.root), on_step)
     print(f"{a.destination}: {sum(path.stat().st_size for path in copy.files(Part.BACKBONE)) / 1e9:.2f} GB")
     if absent := [part.value for part in Part if copy.missing(part)]:
@@ -470,12 +479,24 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grids: Sequence[VQGri
     from .imaging import load_part
     from .imaging.pixels import to_images
 
-    part, _ = DECODERS[a.decoder]
     with _Bars() as on_step:
-        latents = load_part(checkpoint, part, _device(a), on_step).sample(grids, options, on_step)
+        latents = _decoder(a, checkpoint, grids, options, on_step).sample(grids, options, on_step)
         pixels = load_part(checkpoint, Part.VAE, _device(a), on_step).decode(latents, on_step)
     for image, path in zip(to_images(pixels), _numbered(a.output, len(grids)), strict=True):
         _save_picture(a, image, path, options)
+
+
+def _decoder(
+    a: argparse.Namespace, checkpoint: Checkpoint, grids: Sequence[VQGrid], options: DecodeOptions, on_step: OnStep
+) -> LatentDecoder:
+    """The decoder in its engine; says why, where that was chosen for this machine."""
+    from .imaging.engine import open_decoder, plan
+
+    part, largest = DECODERS[a.decoder][0], sorted(grids, key=lambda grid: grid.codes.size, reverse=True)
+    chosen = plan(checkpoint, part, a.engine, largest, options, _device(a))
+    if chosen.reason:
+        print(f"llada2-mlx: {chosen.reason}", file=sys.stderr)
+    return open_decoder(checkpoint, part, chosen.engine, _device(a), on_step)
 
 
 def _decode_each(
@@ -489,13 +510,12 @@ def _decode_each(
     from .imaging import load_part
     from .imaging.pixels import to_images
 
-    part, _ = DECODERS[a.decoder]
     with _Bars() as on_step:
 
         def of(number: int) -> OnStep:
             return lambda progress: on_step(replace(progress, phase=f"picture {number}: {progress.phase}"))
 
-        decoder = load_part(checkpoint, part, _device(a), on_step)
+        decoder = _decoder(a, checkpoint, grids, options, on_step)
         seeded = [replace(options, seed=picture_seed(options.seed, index)) for index in range(len(grids))]
         latents = [
             decoder.sample([grid], own, of(number))
@@ -594,13 +614,15 @@ def _decoder_parts(a: argparse.Namespace) -> tuple[Part, Part]:
 
 def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGrid) -> DecodeOptions:
     """The decoder's options, after all that can be checked before the work."""
+    from .imaging.decoder import check_decode
+    from .imaging.engine import check_engine
     from .imaging.flow import DecodeOptions, Sampler, with_preset
-    from .imaging.transformer_torch import check_decode
 
     _device(a)
     if a.preset != "custom":
         _check_preset(a)
     check_decode(checkpoint, DECODERS[a.decoder][0], a.upscale, grids)
+    check_engine(checkpoint, DECODERS[a.decoder][0], a.engine)
     for grid in grids:
         require_same(grid, checkpoint)
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
@@ -691,6 +713,14 @@ def _parser() -> argparse.ArgumentParser:
     to_file = argparse.ArgumentParser(add_help=False)
     to_file.add_argument("-o", "--output", default="picture.png", help="the PNG file to write (default: picture.png)")
 
+    in_engine = argparse.ArgumentParser(add_help=False)
+    in_engine.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="what the decoder runs in; mlx-8bit makes a copy of half the size on first use; auto: on a Mac what fits, else torch",
+    )
+
     decoding = argparse.ArgumentParser(add_help=False)
     decoding.add_argument("--decoder", choices=DECODERS, default="turbo", help="default: turbo")
     decoding.add_argument("--decoder-steps", type=int, help="default: 50 full, 8 turbo")
@@ -761,7 +791,7 @@ def _parser() -> argparse.ArgumentParser:
         "picture that is changed",
     )
 
-    p = add(t2i, sampling, guided, sprinting, to_file, decoding)
+    p = add(t2i, sampling, guided, sprinting, to_file, decoding, in_engine)
     p.add_argument("prompt")
     p.add_argument("--width", type=int, default=0, help="pixels; 0: the model's own")
     p.add_argument("--height", type=int, default=0, help="pixels; 0: the model's own")
@@ -791,7 +821,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048, help="of an answer")
 
-    p = add(edit, sampling, guided, sprinting, to_file, decoding, encoding, with_others)
+    p = add(edit, sampling, guided, sprinting, to_file, decoding, in_engine, encoding, with_others)
     p.add_argument("image")
     p.add_argument("instruction")
     p.add_argument("--guidance", type=float, default=4.0, help="of the text")
@@ -813,20 +843,20 @@ def _parser() -> argparse.ArgumentParser:
         f"instruction; or what comes before, and the text describes the picture (default: {default})",
     }
 
-    p = add(redraw, sampling, guided, to_file, decoding, encoding, redrawing)
+    p = add(redraw, sampling, guided, to_file, decoding, in_engine, encoding, redrawing)
     p.add_argument("mask", help="a picture of any size, white where the other is to be redrawn")
     p.add_argument("text")
     p.add_argument("--seeing", **seeing("picture"))
     p.add_argument("--mask-threshold", type=float, default=0.1, help="the part of a code that has to be covered")
     p.add_argument("--mask-grow", type=int, default=0, help="codes by which the mask grows")
 
-    p = add(grow, sampling, guided, to_file, decoding, encoding, redrawing)
+    p = add(grow, sampling, guided, to_file, decoding, in_engine, encoding, redrawing)
     p.add_argument("text")
     p.add_argument("--seeing", **seeing("before"))
     for side in ("left", "top", "right", "bottom"):
         p.add_argument(f"--{side}", type=int, default=0, help="codes to add there")
 
-    p = add(story, sampling, guided, decoding)
+    p = add(story, sampling, guided, decoding, in_engine)
     p.add_argument("prompt")
     p.add_argument(
         "-o",
@@ -848,7 +878,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", default="codes.safetensors")
     p.add_argument("--purpose", choices=PURPOSES, default="understand")
 
-    p = add(decode, to_file, decoding)
+    p = add(decode, to_file, decoding, in_engine)
     p.add_argument("codes")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
 
@@ -888,6 +918,14 @@ def _parser() -> argparse.ArgumentParser:
         "--group-size", type=int, choices=(32, 64, 128), default=64, help="weights that share a scale (default: 64)"
     )
 
+    p.add_argument(
+        "--decoder-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="8: the decoders take half the memory, and run in MLX alone (default: 16, as they are)",
+    )
+
     add(info)
     p = add(doctor, running=False)
     p.add_argument("--device", help="where PyTorch runs: mps, cuda or cpu; the first that there is if left out")
@@ -900,7 +938,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", action="store_true", help="print the same as JSON")
     p = add(bench, decoding)
-    p.set_defaults(seed=0)
+    p.set_defaults(seed=0, engine="torch")
     p.add_argument("--size", type=int, default=0, help="side of the picture in pixels; 0: the model's own, 512 at most")
     p.add_argument("--runs", type=int, default=3, help="how often a stage of seconds is run (default: 3)")
     p.add_argument("--json", metavar="FILE", help="also write the figures to this .json file")

@@ -6,6 +6,7 @@ thread that used MLX has to clear its streams before it ends, or the process abo
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
@@ -86,6 +87,20 @@ def wired_limit(needed: int, call: Callable[..., Any]) -> Iterator[None]:
     finally:
         call(mx.synchronize)  # what still runs may use what is kept
         call(mx.set_wired_limit, before)
+
+
+def on_cpu() -> bool:
+    """Whether MLX runs on a CPU, as on Linux."""
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def machine_bytes() -> int:
+    """What MLX may use of this machine's memory: as Metal recommends it, else three quarters of what there is."""
+    info = mx.device_info()
+    if recommended := info.get("max_recommended_working_set_size"):
+        return int(recommended)
+    total = info.get("total_memory") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(total) * 3 // 4
 
 
 def _serve(calls: SimpleQueue) -> None:

@@ -112,8 +112,8 @@ class LLaDA2VQToConditioning(io.ComfyNode):
     def execute(cls, vq, model: str, upscale: int) -> io.NodeOutput:
         import torch
 
+        from ..llada2_mlx.imaging.decoder import latent_sides
         from ..llada2_mlx.imaging.prior import check_conditioning
-        from ..llada2_mlx.imaging.transformer_torch import latent_sides
 
         model = host.model_of_codes(model, vq)
         checkpoint = host.checkpoint(model, Part.PRIOR)

@@ -4,12 +4,13 @@ import torch
 from comfy_api.latest import io
 
 from ..llada2_mlx.checkpoint.codebook import require_same
-from ..llada2_mlx.checkpoint.layout import Part
+from ..llada2_mlx.checkpoint.layout import Checkpoint, Part
 from ..llada2_mlx.errors import RequestError
+from ..llada2_mlx.imaging.decoder import LatentDecoder, check_decode
+from ..llada2_mlx.imaging.engine import AUTO, ENGINES, check_engine
 from ..llada2_mlx.imaging.flow import CUSTOM, PRESETS, SOLVERS, DecodeOptions, OnLatent, Sampler, with_preset
 from ..llada2_mlx.imaging.pixels import to_images
 from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, SMALLEST_SIDE, UNIT, Purpose, prepare_for, side_or_own, use_of
-from ..llada2_mlx.imaging.transformer_torch import Decoder, check_decode
 from ..llada2_mlx.imaging.vae import VAE
 from ..llada2_mlx.progress import OnStep
 from ..llada2_mlx.vq import GridSet, VQGrid
@@ -190,6 +191,15 @@ class ZImageDecode(io.ComfyNode):
                 ),
                 upscale_input(),
                 *_path_inputs(),
+                io.Combo.Input(
+                    "engine",
+                    options=list(ENGINES),
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the decoder runs in. torch: PyTorch. mlx: MLX, the same picture but for rounding. mlx-8bit: half the memory, from "
+                    "a copy that is made on first use; nearly the same picture. auto: on a Mac what fits into it, elsewhere torch; it says what it took.",
+                ),
             ],
             outputs=[io.Image.Output("image", tooltip="The pictures.")],
             hidden=[io.Hidden.dynprompt],
@@ -202,14 +212,21 @@ class ZImageDecode(io.ComfyNode):
 
     @classmethod
     @host.explains
-    def check_lazy_status(cls, model: str, upscale: int, decoder: dict | None = None, vq=None, **given) -> list[str]:
+    def check_lazy_status(
+        cls, model: str, upscale: int, decoder: dict | None = None, vq=None, engine: str = AUTO, **given
+    ) -> list[str]:
         DecodeOptions(**{name: given[name] for name in _PATH if name in given})  # says what is out of range
         choice = (decoder or {}).get("decoder")  # ComfyUI leaves out a choice that does not exist
         part = _part({"decoder": choice[0] if isinstance(choice, tuple) else choice})
         _check_preset(given.get("preset", CUSTOM), part)
         if vq is not None:
             return []
-        host.check_codes(cls.hidden.dynprompt, model, lambda used: check_decode(used, part, upscale))
+
+        def check(used: Checkpoint) -> None:
+            check_decode(used, part, upscale)
+            check_engine(used, part, engine)
+
+        host.check_codes(cls.hidden.dynprompt, model, check)
         return ["vq"]
 
     @classmethod
@@ -218,7 +235,7 @@ class ZImageDecode(io.ComfyNode):
 
     @classmethod
     @host.explains
-    def execute(cls, vq, model, decoder, guidance, seed, upscale, preset=CUSTOM, **path) -> io.NodeOutput:
+    def execute(cls, vq, model, decoder, guidance, seed, upscale, preset=CUSTOM, engine=AUTO, **path) -> io.NodeOutput:
         model = host.model_of_codes(model, vq)
         part, sampler = _part(decoder), Sampler(decoder.get("sampler", Sampler.ODE.value))
         options = DecodeOptions(
@@ -232,8 +249,7 @@ class ZImageDecode(io.ComfyNode):
             require_same(grid, checkpoint)
         host.warn(checkpoint.image_sizes.doubt_grid("drawing", vq[0]))
         on_step = host.progress()
-        decoder, vae = host.image_part(model, part), host.image_part(model, Part.VAE)
-        working = Decoder.working_bytes(checkpoint, part, vq, options, decoder.load_device)
+        (decoder, working), vae = host.decoder(model, part, engine, vq, options), host.image_part(model, Part.VAE)
         show = host.appearing_latent(checkpoint, on_step)
         latents = _sample(decoder.get(on_step, working), vq, options, on_step, show)
         working = VAE.working_bytes(checkpoint, latents, vae.load_device)
@@ -241,7 +257,7 @@ class ZImageDecode(io.ComfyNode):
 
 
 def _sample(
-    decoder: Decoder, vq: tuple[VQGrid, ...], options: DecodeOptions, on_step: OnStep, on_latent: OnLatent
+    decoder: LatentDecoder, vq: tuple[VQGrid, ...], options: DecodeOptions, on_step: OnStep, on_latent: OnLatent
 ) -> torch.Tensor:
     """The latents; tells what the step cache saved. Here, so that nothing holds the decoder when the VAE needs room."""
     latents = decoder.sample(vq, options, on_step, on_latent)

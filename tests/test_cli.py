@@ -278,6 +278,32 @@ def test_to_codes_and_back(run) -> None:
         assert run("decode", "codes.safetensors", *words, "-o", "back.png")[1] == "back.png: 256 x 320 pixels\n"
 
 
+def test_the_decoder_runs_in_either_engine_and_with_8_bits(run) -> None:
+    grid = VQGrid(np.random.default_rng(0).integers(0, 256, (8, 10)), 256)
+    grid.save("codes.safetensors")
+
+    def decoded(*words: str) -> tuple[np.ndarray, str]:
+        status, _, err = run("decode", "codes.safetensors", "--decoder-steps", "3", "--upscale", "1", *words)
+        assert status == 0, err
+        with Image.open("picture.png") as image:
+            assert json.loads(image.text["parameters"])["engine"] in (*words, "auto")
+            return np.asarray(image).astype(int), err
+
+    expected, said = decoded("--engine", "mlx")
+    assert not said
+    # the tiny model is stored in bf16, and PyTorch runs it so; MLX on a CPU in float32
+    assert np.abs(decoded("--engine", "torch")[0] - expected).mean() < 2
+    assert run("convert", str(tiny()), "small", "--decoder-bits", "8")[0] == 0
+    for name in ("decoder", "decoder-turbo"):
+        assert json.loads(Path("small", name, "config.json").read_text())["quantization"]["bits"] == 8
+        small, whole = (Path(root, name, "decoder_model.safetensors") for root in ("small", tiny()))
+        assert not small.samefile(whole) and Path("small/vae/config.json").exists()
+    found, said = decoded("--model", "small")
+    assert "Decoder: MLX, because this one has 8 bits" in said and 0 < np.abs(found - expected).mean() < 2
+    status, _, err = run("decode", "codes.safetensors", "--model", "small", "--engine", "torch")
+    assert status == 1 and "has 8 bits, which only MLX runs. Choose the engine auto or mlx" in err
+
+
 def test_a_preset_is_its_options_and_travels_with_the_picture(run) -> None:
     VQGrid(np.arange(80).reshape(8, 10), 256).save("codes.safetensors")
     words, pictures, fast = ("decode", "codes.safetensors", "--decoder", "full", "--upscale", "1"), {}, PRESETS["fast"]

@@ -22,6 +22,7 @@ from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.sprint import Remasking, Sprint
 from llada2_mlx.checkpoint.layout import Checkpoint, Part
+from llada2_mlx.imaging.decoder_mlx import MLXDecoder
 from llada2_mlx.imaging.flow import DecodeOptions, Sampler
 from llada2_mlx.imaging.prepare import Purpose, fit
 from llada2_mlx.imaging.tokenizer import ImageTokenizer
@@ -282,9 +283,11 @@ def test_encode(golden: Path, image_tokenizer: ImageTokenizer, encode_case: tupl
     assert grid.to_list() == expected["token_ids"]
 
 
-def test_decode(checkpoint: Checkpoint, latents: dict, decode_case: dict) -> None:
+@pytest.mark.parametrize("engine", ["torch", "mlx"])
+def test_decode(checkpoint: Checkpoint, latents: dict, decode_case: dict, engine: str) -> None:
     case, cpu = decode_case, torch.device("cpu")
-    decoder = Decoder(checkpoint, Part.DECODER_TURBO if case["decoder"] == "decoder-turbo" else Part.DECODER, cpu)
+    part = Part.DECODER_TURBO if case["decoder"] == "decoder-turbo" else Part.DECODER
+    decoder = MLXDecoder(checkpoint, part) if engine == "mlx" else Decoder(checkpoint, part, cpu)
     grid = VQGrid.from_list(case["token_ids"], case["h"], case["w"], decoder.codebook_size)
     sampler = Sampler.RENOISE if case["renoise"] else Sampler.ODE
     options = DecodeOptions(

@@ -6,7 +6,6 @@ Few bits are MLX's affine quantisation: groups of weights of a row share a scale
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from math import prod
 from typing import Any, Literal
@@ -17,6 +16,8 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint.config import BackboneConfig
 from ..errors import CheckpointError, RequestError
+from ..worker import machine_bytes as machine_bytes
+from ..worker import on_cpu
 from .network import LLaDA2
 
 Quantization = dict[
@@ -30,10 +31,6 @@ GROUP_SIZE = 64
 GROUP_SIZES = (128, 64, 32)  # what MLX has
 OTHER_BITS = 8  # at least, of everything but the routed experts: a tenth of the weights, and each token passes them all
 WORK_BYTES = 4e9  # for activations, caches and what else runs; an assumption
-
-
-def on_cpu() -> bool:
-    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def is_router(parameter: str) -> bool:
@@ -113,15 +110,6 @@ def memory_bytes(config: BackboneConfig, dtype: mx.Dtype, block: Quantization | 
     parameters = tree_flatten(build(config, block).parameters())
     kept = lambda name, value: mx.uint32 if value.dtype == mx.uint32 else parameter_type(name, dtype)
     return sum(prod(value.shape) * kept(name, value).size for name, value in parameters)
-
-
-def machine_bytes() -> int:
-    """What MLX may use of this machine's memory: as Metal recommends it, else three quarters of what there is."""
-    info = mx.device_info()
-    if recommended := info.get("max_recommended_working_set_size"):
-        return int(recommended)
-    total = info.get("total_memory") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(total) * 3 // 4
 
 
 def choose(config: BackboneConfig, stored: str, memory: int) -> tuple[str, str]:

@@ -72,19 +72,20 @@ def score_bytes(device: torch.device, heads: int, tokens: int, head_width: int, 
     Args:
         item_bytes: of a value of the queries.
     """
-    if device.type != "mps" or (head_width in KERNEL_HEADS and not _old()):
+    if device.type != "mps" or (head_width in KERNEL_HEADS and not is_old()):
         return 0
     return min(SCORES, heads * tokens**2) * (4 + 4 + item_bytes)
 
 
-def _old() -> bool:
+def is_old() -> bool:
+    """Whether this PyTorch is older than the one whose attention on MPS writes no scores out."""
     version = torch.__version__.partition("+")[0]
     return tuple(int(part) for part in version.split(".")[:2]) < KERNELS_OF_ITS_OWN
 
 
 @cache
 def _advise() -> None:
-    if _old():
+    if is_old():
         logging.warning(
             "ComfyUI-LLaDA2-MLX: PyTorch %s on MPS writes all attention scores into memory. PyTorch 2.13 or later has faster "
             "kernels that do not: update it for a faster decoder that needs less memory.",

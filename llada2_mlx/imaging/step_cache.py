@@ -36,15 +36,33 @@ class StepCache:
         Returns:
             ``rest(after)`` itself, or ``after`` plus what ``rest`` added in the last whole call.
         """
+        if (known := self.recall(before, after)) is not None:
+            return known
+        result = rest(after)
+        self.remember(after, result)
+        return result
+
+    def recall(self, before: Features, after: Features) -> Features | None:
+        """The features after all layers where the cache holds; else None: the call is whole, and ends with ``remember``."""
         self.calls += 1
-        added = after - before
+        added = self.kept(after - before)
         if self._rest is not None and self._distance(added) <= self.threshold:
             self.skipped += 1
             return after + self._rest
         self._first, self._rest = added, None  # makes room for the other layers' work
-        result = rest(after)
-        self._rest = result - after
-        return result
+        return None
+
+    def remember(self, after: Features, result: Features) -> None:
+        """What the other layers of a whole call made of ``after``."""
+        self._rest = self.kept(result - after)
+
+    def kept(self, features: Features) -> Features:
+        """What is to be remembered, as a backend has to keep it."""
+        return features
+
+    def size(self, features: Features) -> Features:
+        """The mean of absolute values, a scalar."""
+        return abs(features).mean()
 
     def _distance(self, added: Features) -> float:
-        return float(abs(added - self._first).mean() / abs(self._first).mean())
+        return float(self.size(added - self._first) / self.size(self._first))

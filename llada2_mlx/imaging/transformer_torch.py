@@ -1,34 +1,30 @@
-"""The diffusion decoder in PyTorch: grids of codes -> latents, by diffusers' Z-Image transformer."""
+"""The decoder's transformer in PyTorch: diffusers' Z-Image transformer, unchanged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..checkpoint.layout import Checkpoint, Part, TensorInfo, safetensors_header
+from ..checkpoint.layout import Checkpoint, Part
 from ..errors import CheckpointError
-from ..progress import OnStep, Progress, ignore
-from ..vq import VQGrid, picture_seed
+from ..progress import OnStep, ignore
+from ..vq import VQGrid
 from .attention import attention_for, score_bytes
+from .decoder import EMBEDDER, LatentDecoder, decoder_folder, stored
 from .device import build, default_device, load_module, read_config, read_tensors, synchronize
-from .flow import DecodeOptions, OnLatent, Tell, combined, solve
-from .prior import FEATURE_UPSAMPLING, check_conditioning, conditioning, load_prior
+from .flow import DecodeOptions, Tell
+from .prior import FEATURE_UPSAMPLING
 from .step_cache import StepCache
-from .vae import LATENT_PIXELS
 
-CODE_PIXELS = 16
-EMBEDDER = "semantic_embedder.1.weight"  # [width, features]
 # What there is of a token at once, in units of the network's width: see ``Decoder.working_bytes``
 FEED_FORWARD_UNITS, ATTENTION_UNITS = 16, 7
 
 
-class Decoder:
-    """The SigVQ prior and a diffusion transformer of a checkpoint: grids of codes -> latents.
+class Decoder(LatentDecoder):
+    """A decoder whose transformer is diffusers' and runs in PyTorch.
 
     Args:
         checkpoint: the model folder.
@@ -49,84 +45,26 @@ class Decoder:
     ):
         from diffusers import ZImageTransformer2DModel
 
-        checkpoint.require(part)
+        super().__init__(checkpoint, part, device or default_device())
         folder = decoder_folder(part)
-        self.device, self.name = device or default_device(), checkpoint.root.name
-        self.prior = load_prior(checkpoint, self.device)
         path = checkpoint.only_safetensors(folder)
-        features = _tensors(path, EMBEDDER)[0].shape[-1]
-        if features != (given := self.prior.prior_projector.net["2"].out_features):
-            raise CheckpointError(
-                f"The SigVQ prior gives {given} features and {path} takes {features}: they are of two models."
-            )
         # the published config states another width, and axes that are too short
-        config = read_config(checkpoint, folder) | {"cap_feat_dim": features, "axes_lens": [32768, 1024, 1024]}
+        config = read_config(checkpoint, folder) | {
+            "cap_feat_dim": self.feature_width,
+            "axes_lens": [32768, 1024, 1024],
+        }
+        if "quantization" in config:
+            raise CheckpointError(
+                f"The decoder in {checkpoint.root / folder} has few bits, which only MLX runs. Choose the engine auto or mlx, or the "
+                "model that it was made of."
+            )
         transformer = build(lambda: ZImageTransformer2DModel(**config), checkpoint.root / folder / "config.json")
         tensors = read_tensors(path, self.device, on_step=on_step)
         own = {name.replace("semantic_embedder", "cap_embedder"): tensor for name, tensor in tensors.items()}
         self.transformer = load_module(transformer, own, path)
-        self.skipped_calls = 0  # how many network calls of the last ``sample`` were the step cache's
+        self.channels = self.transformer.in_channels
         self._context = _ContextRefiner(self.transformer.context_refiner)
         self.transformer.context_refiner = nn.ModuleList([self._context])
-
-    @property
-    def codebook_size(self) -> int:
-        """How many codes the prior knows."""
-        return self.prior.prior_token_embedding.num_embeddings
-
-    def features(self, grid: VQGrid) -> torch.Tensor:
-        """Conditioning features of a grid, see ``prior.conditioning``."""
-        return conditioning(self.prior, grid, self.name)
-
-    def sample(
-        self,
-        grids: Sequence[VQGrid],
-        options: DecodeOptions,
-        on_step: OnStep = ignore,
-        on_latent: OnLatent | None = None,
-    ) -> torch.Tensor:
-        """Denoise pictures of one size, one after the other: latents [batch, 16, height, width] float32.
-
-        Picture ``i`` has the noise of ``seed + i``, and is what it would be alone.
-
-        Args:
-            on_step: called after each layer of each network call; what it raises ends the work.
-            on_latent: handed after each network call what is seen of the picture so far, [16, 1, height, width].
-
-        Raises:
-            RequestError: a grid is of a model with another codebook.
-            LLaDA2Error: the prior or the network gave values that are not finite.
-        """
-        conditions = [self.features(grid) for grid in grids]
-        latents, self.skipped_calls = [], 0
-        for index, (grid, condition) in enumerate(zip(grids, conditions, strict=True)):
-
-            def step(progress: Progress, index: int = index) -> None:
-                on_step(Progress(progress.phase, index * progress.total + progress.done, len(grids) * progress.total))
-
-            latents.append(
-                self._sample(grid, condition, replace(options, seed=picture_seed(options.seed, index)), step, on_latent)
-            )
-        return torch.stack(latents)
-
-    @torch.no_grad()
-    def _sample(
-        self,
-        grid: VQGrid,
-        condition: torch.Tensor,
-        options: DecodeOptions,
-        on_step: OnStep,
-        on_latent: OnLatent | None,
-    ) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(options.seed)
-        sides = latent_sides(grid, options.upscale)
-        noise = torch.randn(self.transformer.in_channels, 1, *sides, generator=generator).to(self.device)
-        caches = [StepCache(options.cache_threshold) if options.cache_threshold else None for _ in range(2)]
-        negative = self.velocity(torch.zeros_like(condition), caches[1]) if options.guidance else None
-        velocity = combined(self.velocity(condition, caches[0]), negative, options)
-        latent = solve(velocity, noise, options, generator, on_step, on_latent).to(torch.float32).squeeze(1)
-        self.skipped_calls += sum(cache.skipped for cache in caches if cache)
-        return latent
 
     def velocity(self, condition: torch.Tensor, cache: StepCache | None = None) -> BranchVelocity:
         """The velocity under a condition, features [tokens, features], for ``flow.solve``."""
@@ -148,7 +86,7 @@ class Decoder:
             CheckpointError: the weights are missing or damaged, or of another network.
         """
         path = checkpoint.only_safetensors(decoder_folder(part))
-        embedder, norm = _tensors(path, EMBEDDER, "layers.0.attention.norm_q.weight")
+        embedder, norm = stored(path, EMBEDDER, "layers.0.attention.norm_q.weight")
         head = norm.shape[0]
         (width, features), size = embedder.shape, 4 if embedder.dtype == "F32" else 2
         codes, branches = grids[0].height * grids[0].width, 2 if options.guidance else 1
@@ -244,35 +182,3 @@ class _ContextRefiner(nn.Module):
                 features = layer(features, *where)
             self.output = features
         return self.output
-
-
-def latent_sides(grid: VQGrid, upscale: int) -> tuple[int, int]:
-    """Height and width of the latent that a grid is decoded to."""
-    pixels = CODE_PIXELS * upscale
-    return grid.height * pixels // LATENT_PIXELS, grid.width * pixels // LATENT_PIXELS
-
-
-def decoder_folder(part: Part) -> str:
-    """The sub-folder of a checkpoint that a decoder's part is in."""
-    return "decoder-turbo" if part is Part.DECODER_TURBO else "decoder"
-
-
-def _tensors(path: Path, *names: str) -> list[TensorInfo]:
-    header = safetensors_header(path)
-    if absent := [name for name in names if name not in header]:
-        raise CheckpointError(f"{path} lacks {absent[0]}; it is not a LLaDA2.0-Uni decoder.")
-    return [header[name] for name in names]
-
-
-def check_decode(checkpoint: Checkpoint, part: Part, upscale: int, grids: Sequence[VQGrid] = ()) -> None:
-    """Say what would go wrong in decoding, as far as it can be known without reading weights.
-
-    Args:
-        grids: what is to be decoded, once it is there.
-
-    Raises:
-        RequestError: a grid is of a model with another codebook, or the decoder cannot enlarge by ``upscale``.
-        CheckpointError: the decoder or the VAE is missing or damaged.
-    """
-    checkpoint.require(part, Part.VAE)
-    check_conditioning(checkpoint, upscale, grids)

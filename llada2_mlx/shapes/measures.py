@@ -266,7 +266,7 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> Non
         (
             "256 x 256 picture, all stages, turbo",
             "20 s",
-            lambda: Studio(studio.checkpoint, studio.precision, studio.sprint).draw(prompt),
+            lambda: Studio(studio.checkpoint, studio.precision, studio.sprint, studio.engine).draw(prompt),
         ),
         ("answer", "5 s", lambda: studio.ask(draw(scene), "What is in the picture?")),
     ):
@@ -306,9 +306,10 @@ def main() -> None:
         "--keep-ratio", type=float, help="draw and answer with SPRINT, which keeps this much of the prefix"
     )
     parser.add_argument("--further", action="store_true", help="what is learned further, in place of the table")
+    parser.add_argument("--engine", choices=("torch", "mlx", "mlx-8bit"), default="torch", help="of the decoders")
     arguments = parser.parse_args()
     sprint = None if arguments.keep_ratio is None else Sprint(arguments.keep_ratio)
-    studio = Studio(Checkpoint(arguments.model), arguments.precision, sprint)
+    studio = Studio(Checkpoint(arguments.model), arguments.precision, sprint, arguments.engine)
     tell = further_table if arguments.further else table
     tell(studio, lambda line: print(line, flush=True), arguments.scale)
 

@@ -13,11 +13,11 @@ from ..backbone.handle import Backbone
 from ..backbone.sprint import Sprint
 from ..checkpoint.layout import BUILT_IN, Checkpoint, Part
 from ..imaging import load_part
+from ..imaging.decoder import LatentDecoder
 from ..imaging.flow import DecodeOptions
 from ..imaging.pixels import to_images
 from ..imaging.prepare import Purpose
 from ..imaging.tokenizer import ImageTokenizer
-from ..imaging.transformer_torch import Decoder
 from ..imaging.vae import VAE
 from ..story import tell
 from ..vq import GridSet, VQGrid
@@ -32,12 +32,18 @@ class Studio:
         checkpoint: any model; the built-in one if left out.
         precision: of the backbone.
         sprint: how to save work; None is exact.
+        engine: what the decoders run in, see ``imaging.engine.open_decoder``.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint | None = None, precision: str = "auto", sprint: Sprint | None = None
+        self,
+        checkpoint: Checkpoint | None = None,
+        precision: str = "auto",
+        sprint: Sprint | None = None,
+        engine: str = "torch",
     ) -> None:
         self.checkpoint, self.precision, self.sprint = checkpoint or Checkpoint(BUILT_IN), precision, sprint
+        self.engine = engine
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -48,12 +54,12 @@ class Studio:
         return load_part(self.checkpoint, Part.IMAGE_TOKENIZER)
 
     @cached_property
-    def decoder(self) -> Decoder:
-        return load_part(self.checkpoint, Part.DECODER)
+    def decoder(self) -> LatentDecoder:
+        return load_part(self.checkpoint, Part.DECODER, engine=self.engine)
 
     @cached_property
-    def turbo(self) -> Decoder:
-        return load_part(self.checkpoint, Part.DECODER_TURBO)
+    def turbo(self) -> LatentDecoder:
+        return load_part(self.checkpoint, Part.DECODER_TURBO, engine=self.engine)
 
     @cached_property
     def vae(self) -> VAE:

@@ -15,7 +15,7 @@ from .folders import (
 )
 from .graph import JOIN, check_codes, check_one_codebook, given, is_linked, listed, wanted_picture
 from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
-from .memory import ManagedBackbone, ManagedPart, backbone, image_part
+from .memory import ManagedBackbone, ManagedPart, backbone, decoder, image_part
 from .native import comfy_decoder, comfy_vae, empty_latent
 from .preview import appearing, appearing_latent
 from .progress import explains, progress, progress_text, readings, tell, warn
@@ -39,6 +39,7 @@ __all__ = [
     "checkpoint",
     "comfy_decoder",
     "comfy_vae",
+    "decoder",
     "empty_latent",
     "explains",
     "fingerprint",

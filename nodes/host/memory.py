@@ -18,8 +18,10 @@ from .progress import progress, tell
 
 if TYPE_CHECKING:
     from ...llada2_mlx.backbone.handle import Backbone
+    from ...llada2_mlx.imaging.flow import DecodeOptions
     from ...llada2_mlx.progress import OnStep
     from ...llada2_mlx.tokens import Tokens
+    from ...llada2_mlx.vq import VQGrid
 
 
 class ManagedPart(ModelPatcher):
@@ -136,14 +138,34 @@ def backbone(model: str, precision: str) -> ManagedBackbone:
 def image_part(model: str, part: Part) -> ManagedPart:
     """A part of a model that runs in PyTorch, on the device that ComfyUI chooses."""
     found = checkpoint(model, part)
+    return _image_part(model, part, "torch", found.weight_bytes(part))
+
+
+def decoder(
+    model: str, part: Part, engine: str, grids: tuple[VQGrid, ...], options: DecodeOptions
+) -> tuple[ManagedPart, int]:
+    """A decoder in an engine, and the bytes that decoding takes beside its weights.
+
+    Tells on the node why "auto" took what it did.
+    """
+    from ...llada2_mlx.imaging.engine import plan
+
+    chosen = plan(checkpoint(model, part), part, engine, grids, options, model_management.get_torch_device())
+    tell(chosen.reason)
+    return _image_part(model, part, chosen.engine, chosen.size), chosen.working
+
+
+def _image_part(model: str, part: Part, engine: str, size: int) -> ManagedPart:
+    found = checkpoint(model, part)
 
     def load(device: torch.device, on_step: OnStep) -> Any:
         from ...llada2_mlx.imaging import load_part
 
-        return load_part(found, part, device, on_step)
+        return load_part(found, part, device, on_step, engine)
 
-    make = lambda: ManagedPart(f"{part.value} of {found.root.name}", load, found.weight_bytes(part))
-    return _registered((part, found.root.resolve()), fingerprint(model, part), make)
+    release = None if engine == "torch" else lambda decoder: decoder.unload()
+    make = lambda: ManagedPart(f"{part.value} of {found.root.name}", load, size, release)
+    return _registered((part, found.root.resolve(), engine), fingerprint(model, part), make)
 
 
 def _registered(key: tuple, state: tuple, make: Callable[[], ManagedPart]) -> ManagedPart:

@@ -49,8 +49,8 @@ def comfy_decoder(model: str, part: Part, disable_dynamic: bool = False) -> Mode
     Raises:
         CheckpointError: the part is missing, damaged, or of another network.
     """
+    from ...llada2_mlx.imaging.decoder import decoder_folder
     from ...llada2_mlx.imaging.device import read_config, read_tensors
-    from ...llada2_mlx.imaging.transformer_torch import decoder_folder
 
     found = checkpoint(model, part, Part.VAE)
     folder = decoder_folder(part)

@@ -13,6 +13,7 @@ import torch
 from memory_base import CPU, base, host, ignore, loaded, model_management
 from the_pack.llada2_mlx import tasks
 from the_pack.llada2_mlx.checkpoint.layout import BUILT_IN, Part
+from the_pack.llada2_mlx.imaging.flow import DecodeOptions
 from the_pack.nodes.vq import ZImageDecode
 
 
@@ -122,6 +123,22 @@ assert tuple(pixels.shape) == (1, *sides, 3)
 (first, first_there, first_bytes), (second, second_there, second_bytes) = asked
 assert (first, second) == ("decoder of shapes", "VAE of shapes") and not first_there and not second_there
 assert 10**6 < first_bytes < 10**8 and 36 * sides[0] * sides[1] < second_bytes < 10**8
+
+# in MLX it is a part of its own that gives the same picture, and all of it goes
+model_management.unload_all_models()
+gc.collect()
+before = mx.get_active_memory()
+in_mlx = ZImageDecode.execute((drawing.grid,), host.BUILT_IN, choice, 1.0, 0, 2, engine="mlx").args[0]
+assert (in_mlx - pixels).abs().mean() < 0.02  # PyTorch runs in the weights' own bf16
+managed, working = host.decoder(host.BUILT_IN, Part.DECODER, "mlx", (drawing.grid,), DecodeOptions(2))
+assert managed.value is not None and working > first_bytes and loaded() == {"decoder of shapes", "VAE of shapes"}
+assert (
+    0.8 * managed.size <= mx.get_active_memory() - before <= managed.size
+)  # the size has the prior in it, which is PyTorch's
+del managed
+model_management.unload_all_models()
+gc.collect()
+assert not loaded() and mx.get_active_memory() - before < 10**5 and mx.get_cache_memory() < 100
 
 # where memory is short, the part that is needed pushes out the others, and they come back when they are needed. With
 # --cpu ComfyUI evicts nothing by itself, so the device is given another name and its free memory is counted here.
