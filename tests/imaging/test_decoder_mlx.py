@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from synthetic import randomise, tiny
 
-from llada2_mlx.checkpoint.layout import Checkpoint, Part
+from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part
 from llada2_mlx.errors import CheckpointError, LLaDA2Error, RequestError
 from llada2_mlx.imaging import decoder_mlx
 from llada2_mlx.imaging.decoder_mlx import MLXDecoder
@@ -127,6 +127,22 @@ def test_every_sampler_and_solver(both: tuple[MLXDecoder, Decoder], solver: str)
     options = DecodeOptions(steps=3, upscale=1, seed=3, **how)
     ours, theirs = (decoder.sample([grid(1, (9, 8))], options) for decoder in both)
     assert relative(ours, theirs) < 1e-4
+
+
+def test_the_step_cache_and_what_is_seen_on_the_way_are_those_of_pytorch() -> None:
+    """On Shapes' full decoder: the tiny one has too few layers to save anything."""
+    drawn, seen = grid(2, (8, 8), 2048), []
+    for decoder in (MLXDecoder(Checkpoint(BUILT_IN)), Decoder(Checkpoint(BUILT_IN), device=CPU)):
+        decoder, shown = in_float32(decoder), []
+        exact = decoder.sample([drawn], DecodeOptions(9))
+        cached = decoder.sample([drawn], DecodeOptions(9, cache_threshold=0.1), on_latent=shown.append)
+        seen.append((cached, decoder.skipped_calls, shown))
+        assert decoder.sample([drawn], DecodeOptions(9, cache_threshold=1e-9)).equal(exact)
+        assert decoder.skipped_calls == 0 and not cached.equal(exact)
+    (ours, skipped, shown), (theirs, expected, wanted) = seen
+    assert relative(ours, theirs) < 1e-4 and skipped == expected > 0
+    assert len(shown) == len(wanted) == 8
+    assert all(relative(a, b) < 1e-4 for a, b in zip(shown, wanted))
 
 
 def test_the_larger_picture_and_strong_guidance(both: tuple[MLXDecoder, Decoder]) -> None:
