@@ -347,8 +347,8 @@ def test_nothing_that_is_learned_further_is_held_out() -> None:
 
 
 def test_every_task_has_its_turn_and_its_size(further_lessons) -> None:
-    sixth = backbone.FURTHER["backbone-sixth"]
-    assert set(sixth.turns[0]) == set(further_lessons.makers) == set(further_lessons.sizes)
+    for name in ("backbone-sixth", "backbone-seventh", "backbone-eighth"):
+        assert set(backbone.FURTHER[name].turns[0]) == set(further_lessons.makers) == set(further_lessons.sizes)
 
 
 def test_a_short_run_gets_better_at_each_task(further_lessons) -> None:
@@ -381,7 +381,7 @@ def test_further_training_needs_the_checkpoint_alone_and_goes_on_where_it_stoppe
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     short = backbone.Stage(loop.Schedule(steps=1, rate=1e-3), {0: ("free",)})
     turns = {0: ("free", "redraw before")}
-    stages = {"backbone-heads": short, "backbone-sixth": backbone.Stage(loop.Schedule(steps=9, rate=1e-3), turns)}
+    stages = {"backbone-heads": short, "backbone-sixth": backbone.Stage(loop.Schedule(steps=2, rate=1e-3), turns)}
     monkeypatch.setattr(backbone, "FURTHER", stages)
     before = (out / "model.safetensors").read_bytes()
     stopped = KeyboardInterrupt("after a step")
@@ -395,9 +395,9 @@ def test_further_training_needs_the_checkpoint_alone_and_goes_on_where_it_stoppe
 
     monkeypatch.setattr(further.FurtherCurriculum, "batch", stopping)
     with pytest.raises(KeyboardInterrupt):
-        trainer.Training(work, out, steps=2).further()
+        trainer.Training(work, out).further()
     assert (out / "model.safetensors").read_bytes() == before
-    trainer.Training(work, out, steps=2).further()
+    trainer.Training(work, out).further()
     assert calls == ["free", "free", "redraw before", "redraw before"]  # the third again, and no other
     assert (out / "model.safetensors").read_bytes() != before
     assert Tokens(Checkpoint(out)).doubt("Put the ring of the first picture into the second.") is None
@@ -411,3 +411,19 @@ def test_further_training_needs_the_checkpoint_alone_and_goes_on_where_it_stoppe
     ).grid.codes.shape == (8, 8)
     with pytest.raises(SystemExit, match="another folder"):
         trainer.Training(work, BUILT_IN).snapshot()
+
+
+def test_what_happens_in_a_story_is_copied_from_its_prompt(further_lessons) -> None:
+    """Each word of it that is told where to look is told a place with the same word, after what was told before."""
+    lessons, tokens, words = further_lessons, further_lessons.tokens, 0
+    word = lambda ids, index: tokens.decode([ids[index]]).strip().lower()
+    for told in islice(further.tales("copied"), 200):
+        asked, before = tokens.encode(told.prompt), 0
+        for number, text in enumerate(told.texts[1:], 1):
+            said, copied = tokens.encode(text), lessons._copied(told.prompt, text, told.texts[1:number])
+            same = [word(said, index) == word(asked, at) for index, at in copied.items()]
+            assert sum(same) >= len(same) - 1 and len(copied) >= 2  # "in the top left" may be "at the top left"
+            verb = max(copied.values())
+            assert verb > before
+            before, words = verb, words + len(copied)
+    assert words > 500

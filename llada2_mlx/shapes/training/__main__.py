@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -38,15 +37,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=BUILT_IN, help="the checkpoint to write")
     parser.add_argument("--stages", nargs="*", choices=(*STAGES, *MORE), default=STAGES, help=STAGES_HELP)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--steps",
-        type=int,
-        help="of the further training, for a shorter or longer one; its rate falls towards this end",
-    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    training = Training(arguments.work, arguments.out, arguments.steps)
+    training = Training(arguments.work, arguments.out)
     for stage in arguments.stages:
         began = time.monotonic()
         getattr(training, stage)()
@@ -60,8 +54,8 @@ def main() -> None:
 class Training:
     """The stages in their order. Each reads what the ones before it left in ``work``, and writes its part of ``out``."""
 
-    def __init__(self, work: Path, out: Path, steps: int | None = None) -> None:
-        self.work, self.out, self.steps = work, out, steps
+    def __init__(self, work: Path, out: Path) -> None:
+        self.work, self.out = work, out
 
     def text(self) -> None:
         """The config and the text tokenizer."""
@@ -111,7 +105,7 @@ class Training:
     def further(self) -> None:
         """What the backbone learns after that, from a checkpoint alone: its words, its pictures as codes, its weights."""
         lessons, learner = self._begin_further()
-        for name, stage in self._further_stages().items():
+        for name, stage in backbone.FURTHER.items():
             learner.requires_grad_(True)
             learner.network.requires_grad_(name != "backbone-heads")
             of = backbone.losses(learner, lessons, stage.turns)
@@ -125,23 +119,17 @@ class Training:
         if self.out.resolve() == BUILT_IN.resolve():
             raise SystemExit("A snapshot would overwrite the built-in model. Name another folder with --out.")
         shutil.copytree(BUILT_IN, self.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("mlx-*"))
-        (name,) = (name for name in backbone.FURTHER if name != "backbone-heads")
-        learner, steps = averaged(name, backbone.Learner(), self._further)
+        begun = [name for name in backbone.FURTHER if (self._further / f"{name}.pt").exists()]
+        if not begun:
+            raise SystemExit(f"Nothing has been learned further in {self.work} yet.")
+        learner, steps = averaged(begun[-1], backbone.Learner(), self._further)
         export.write_backbone(self.out, learner.network.state_dict())
         shutil.copy(self._further / "tokenizer.json", self.out)
-        _say(f"after {steps} steps: {self.out}")
+        _say(f"{begun[-1]}, after {steps} steps: {self.out}")
 
     @property
     def _further(self) -> Path:
         return self.work / "further"
-
-    def _further_stages(self) -> dict[str, backbone.Stage]:
-        stages = dict(backbone.FURTHER)
-        if self.steps:
-            stages["backbone-sixth"] = replace(
-                stages["backbone-sixth"], schedule=replace(stages["backbone-sixth"].schedule, steps=self.steps)
-            )
-        return stages
 
     def _begin_further(self) -> tuple[FurtherCurriculum, backbone.Learner]:
         """The lessons, and a learner with the weights of ``out``."""

@@ -72,6 +72,16 @@ TURNS = (
     *("two small", "free", "borrow", "story", "edit", "story begin", "redraw before", "two", "plan", "draw", "edit"),
     *("ask small", "story on", "story", "edit", "borrow", "ask"),
 )
+MOSTLY_SEVERAL = (  # pictures: questions about two, edits that take something from another, stories
+    *("two", "story", "borrow", "two", "edit", "two small", "story", "two", "borrow", "story on", "draw", "two"),
+    *("borrow", "story", "two", "plan", "redraw", "ask", "two", "borrow", "story", "story begin", "free", "two"),
+    *("edit", "two small", "borrow", "story", "two", "redraw before", "story on", "ask small"),
+)
+MOSTLY_STORIES = (  # and edits, which have to be as good again as before
+    *("edit", "story", "borrow", "edit", "two", "story", "edit", "story on", "redraw", "borrow", "edit", "story"),
+    *("draw", "edit", "borrow", "two", "edit", "story", "plan", "edit", "two small", "redraw before", "story on"),
+    *("edit", "free", "borrow", "story", "ask", "edit", "story begin", "two", "ask small"),
+)
 MOSTLY_EDITS = ("edit", "ask", "edit", "edit", "draw", "edit", "edit", "ask", "edit", "edit")
 
 STAGES = {
@@ -103,10 +113,16 @@ STAGES = {
         scrambled=0.5,
     ),
 }
-# What is learned after the weights that are shipped. Only they are kept of the stages before, so the heads that ask come first.
+# What is learned after that, from a checkpoint alone: it has no heads that ask, so they come first.
 FURTHER = {
     "backbone-heads": Stage(Schedule(steps=80, rate=3e-3, warmup=10), {0: ("draw", "edit", "ask", "edit")}),
-    "backbone-sixth": Stage(Schedule(steps=12000, rate=1.2e-3, warmup=200, average=0.998), {0: TURNS}, scrambled=0.3),
+    "backbone-sixth": Stage(Schedule(steps=4000, rate=1.2e-3, warmup=200, average=0.998), {0: TURNS}, scrambled=0.3),
+    "backbone-seventh": Stage(
+        Schedule(steps=3000, rate=1.2e-3, warmup=100, average=0.998), {0: MOSTLY_SEVERAL}, scrambled=0.3
+    ),
+    "backbone-eighth": Stage(
+        Schedule(steps=2000, rate=1e-3, warmup=100, average=0.998), {0: MOSTLY_STORIES}, scrambled=0.3
+    ),
 }
 
 

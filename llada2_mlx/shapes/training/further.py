@@ -8,6 +8,7 @@ whatever the model goes on with after ``<boi>``, which is thrown away.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,6 +78,8 @@ GUIDED |= {
 # Without words for a place, a shape is at the first of these most of the time: with places that are all as likely, none
 # gets most of the votes, and codes that are chosen a few at a time would draw a part of the shape at each.
 PREFERRED = tuple(Place)
+_VERB = re.compile(r"(moves|turns|vanishes|comes)[^.]*")
+_WORD = re.compile(r"\w+")
 FAVOURED = 0.85
 UNPLACED_PLANS = 0.3  # share of plans for prompts without a place
 
@@ -417,6 +420,24 @@ class FurtherCurriculum(Curriculum):
                 sequence.asking[last] = sum(part(place, picture - 1) for place in changed if scene.at(place))
                 about = shape_class(made[0] if made else None)
                 sequence.named |= dict.fromkeys(range(piece.start, last + 1), about)
+                copied = self._copied(story.prompt, story.texts[picture], story.texts[1:picture])
+                sequence.moving |= {piece.start + index: asked + before for index, before in copied.items()}
+
+    def _copied(self, prompt: str, text: str, told: Sequence[str]) -> dict[int, int]:
+        """Index in what happens in a story -> index in its prompt of the same word, after what is told already."""
+        at = lambda words, end: len(self.tokens.encode(words[:end].rstrip()))  # a word has the space before it
+        begun = prompt.index(". ") + 2
+        for each in told:
+            begun = prompt.index(verb := _VERB.search(each)[0], begun) + len(verb)
+        subject, verb = text[: _VERB.search(text).start()], _VERB.search(text)[0]
+        there = prompt.index(verb, begun)
+        pairs = {len(subject): there}
+        for word in _WORD.finditer(verb):
+            pairs[len(subject) + word.start()] = there + word.start()
+        for word in list(_WORD.finditer(subject))[1:]:  # its article may be another
+            if (before := prompt.rfind(f" {word[0]}", 0, there)) >= 0:
+                pairs[word.start()] = before + 1
+        return {at(text, index): at(prompt, before) for index, before in pairs.items()}
 
     @staticmethod
     def _asks(story: Tale, picture: int) -> dict[Place, int]:
