@@ -16,7 +16,7 @@ from . import __version__, prompts
 from .checkpoint.codebook import doubt, require_same
 from .checkpoint.config import PRECISIONS
 from .checkpoint.hub import is_id
-from .checkpoint.layout import BUILT_IN, COMPLETE, HUB_MODEL, Checkpoint, Part, resolve
+from .checkpoint.layout import BUILT_IN, COMPLETE, HUB_MODEL, TOLD, Checkpoint, Part, resolve
 from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
 from .files import replacing
@@ -310,7 +310,7 @@ def info(a: argparse.Namespace) -> None:
     """Say what a model folder holds."""
     checkpoint = _resolve(a)
     print(f"folder: {checkpoint.root}")
-    states = {part: checkpoint.state(part) for part in Part}
+    states = {part: checkpoint.state(part) for part in TOLD}
     for part, state in states.items():
         print(f"{part.value}: {state}")
     if states[Part.BACKBONE].startswith(COMPLETE):
@@ -383,7 +383,7 @@ def convert(a: argparse.Namespace) -> None:
                 )
         worker.drive(add_parts(source, copy.root), on_step)
     print(f"{a.destination}: {sum(path.stat().st_size for path in copy.files(Part.BACKBONE)) / 1e9:.2f} GB")
-    if absent := [part.value for part in Part if copy.missing(part)]:
+    if absent := [part.value for part in TOLD if copy.missing(part)]:
         print(f"It has no {', '.join(absent)}, because {a.model} has none here. Get that, and call this again.")
 
 

@@ -26,6 +26,7 @@ from llada2_mlx import cli, imaging, prompts
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.codebook import origin
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part
+from llada2_mlx.imaging import engine
 from llada2_mlx.imaging.flow import CUSTOM, PRESETS, DecodeOptions
 from llada2_mlx.imaging.look import look, palette
 from llada2_mlx.shapes import gallery
@@ -187,9 +188,10 @@ def test_the_language_model_is_let_go_before_a_storys_pictures_are_decoded(
     run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     story_of(monkeypatch)
-    order, unload, load = [], Backbone.unload, imaging.load_part
+    order, unload, load, decoder = [], Backbone.unload, imaging.load_part, engine.open_decoder
     monkeypatch.setattr(Backbone, "unload", lambda self: (order.append("let go"), unload(self)))
     monkeypatch.setattr(imaging, "load_part", lambda *what: (order.append(what[1]), load(*what))[1])
+    monkeypatch.setattr(engine, "open_decoder", lambda *what: (order.append(what[1]), decoder(*what))[1])
     assert run(*STORY)[0] == 0
     assert order == ["let go", Part.DECODER_TURBO, Part.VAE]
 

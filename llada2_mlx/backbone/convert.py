@@ -25,7 +25,7 @@ from mlx.utils import tree_flatten
 from .. import __version__
 from ..checkpoint.config import BackboneConfig
 from ..checkpoint.hub import repo_of
-from ..checkpoint.layout import INDEX, WEIGHTS, Checkpoint, Part, safetensors_header, visible
+from ..checkpoint.layout import INDEX, TOLD, WEIGHTS, Checkpoint, Part, safetensors_header, visible
 from ..errors import CheckpointError, LLaDA2Error, RequestError
 from ..files import locked, replacing
 from ..progress import Progress, amount
@@ -274,7 +274,7 @@ def _describe(checkpoint: Checkpoint, copy: Path) -> None:
     bits, groups = (block["bits"], block["group_size"]) if block else (WHOLE, GROUP_SIZE)
     name = repo or checkpoint.root.name
     source = f"[{repo}](https://huggingface.co/{repo})" if repo else name
-    parts = [part.value for part in Part if not Checkpoint(copy).missing(part)]
+    parts = [part.value for part in TOLD if not Checkpoint(copy).missing(part)]
     how = (
         f"{bits} bits for the routed experts and at least 8 for all else, in groups of {groups}"
         if block

@@ -65,6 +65,9 @@ FILES = {
     Part.PRIOR: ("image_tokenizer/sigvq_embedding.pt",),
     Part.VAE: ("vae/config.json", "vae/*.safetensors"),
 }
+TOLD = tuple(
+    part for part in Part if part is not Part.PRIOR
+)  # to a person: the decoders have the prior among their files
 INDEX = "model.safetensors.index.json"
 COMPLETE = "complete"  # the state of a part that lacks nothing
 HUB_LIST = "hub.txt"  # beside the model folders: ids of hub models to choose from

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..checkpoint import hub
-from ..checkpoint.layout import BUILT_IN, COMPLETE, HUB_MODEL, Checkpoint, Part, model_folders
+from ..checkpoint.layout import BUILT_IN, COMPLETE, HUB_MODEL, TOLD, Checkpoint, Part, model_folders
 from ..errors import LLaDA2Error, RequestError
 from ..progress import amount
 from .known import doubts, doubts_of
@@ -136,7 +136,7 @@ def _of_models(roots: Iterable[Path]) -> Iterator[Line]:
 def _of_model(name: str, folder: Path) -> Iterator[Line]:
     """Which parts are there, and how the language model would run."""
     checkpoint = Checkpoint(folder)
-    states = {part: checkpoint.state(part) for part in Part}
+    states = {part: checkpoint.state(part) for part in TOLD}
     damaged = tuple(
         f"{part.value}: {state}."
         for part, state in states.items()
