@@ -6,8 +6,7 @@ from comfy_api.latest import io
 from ..llada2_mlx.checkpoint.codebook import require_same
 from ..llada2_mlx.checkpoint.layout import Checkpoint, Part
 from ..llada2_mlx.errors import RequestError
-from ..llada2_mlx.imaging.decoder import LatentDecoder, check_decode
-from ..llada2_mlx.imaging.engine import AUTO, ENGINES, check_engine
+from ..llada2_mlx.imaging.decoder import AUTO, ENGINES, LatentDecoder, check_decode
 from ..llada2_mlx.imaging.flow import CUSTOM, PRESETS, SOLVERS, DecodeOptions, OnLatent, Sampler, with_preset
 from ..llada2_mlx.imaging.pixels import to_images
 from ..llada2_mlx.imaging.prepare import LARGEST_SIDE, SMALLEST_SIDE, UNIT, Purpose, prepare_for, side_or_own, use_of
@@ -224,7 +223,10 @@ class ZImageDecode(io.ComfyNode):
 
         def check(used: Checkpoint) -> None:
             check_decode(used, part, upscale)
-            check_engine(used, part, engine)
+            if engine != AUTO:  # which refuses nothing
+                from ..llada2_mlx.imaging.engine import check_engine  # and with it MLX
+
+                check_engine(used, part, engine)
 
         host.check_codes(cls.hidden.dynprompt, model, check)
         return ["vq"]

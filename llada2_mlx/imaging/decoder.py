@@ -18,6 +18,8 @@ from .prior import check_conditioning, conditioning, load_prior
 from .step_cache import StepCache
 from .vae import LATENT_PIXELS
 
+AUTO, TORCH, MLX, MLX_8BIT = "auto", "torch", "mlx", "mlx-8bit"
+ENGINES = (AUTO, TORCH, MLX, MLX_8BIT)  # what it can run in, see ``engine.plan``
 CODE_PIXELS = 16
 EMBEDDER = "semantic_embedder.1.weight"  # [width, features]
 

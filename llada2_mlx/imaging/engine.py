@@ -13,14 +13,12 @@ from ..progress import OnStep, ignore
 from ..vq import VQGrid
 from ..worker import machine_bytes
 from .attention import is_old
-from .decoder import EMBEDDER, LatentDecoder, decoder_folder, stored
+from .decoder import AUTO, EMBEDDER, ENGINES, MLX, MLX_8BIT, TORCH, LatentDecoder, decoder_folder, stored
 from .decoder_copy import BITS, block_of, memory_bytes, run_type, weights_of
 from .device import default_device
 from .flow import DecodeOptions
 from .transformer_torch import Decoder
 
-AUTO, TORCH, MLX, MLX_8BIT = "auto", "torch", "mlx", "mlx-8bit"
-ENGINES = (AUTO, TORCH, MLX, MLX_8BIT)
 # MLX gives work out ahead, and what that needs is there at once: 29.4 values a token and unit of width were counted in a layer that
 # was evaluated whole, where PyTorch has 16. It is evaluated in parts since.
 MORE_IN_MLX = 2
