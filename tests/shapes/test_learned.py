@@ -1,6 +1,6 @@
 """What Shapes has learned further, before it becomes the built-in model: its backbone and words stand in ``further/``.
 
-Made by ``python -m llada2_mlx.shapes.training --stages further --steps 4000``; the other parts are the built-in model's.
+Made by ``python -m llada2_mlx.shapes.training --stages further``; the other parts are the built-in model's.
 """
 
 from __future__ import annotations

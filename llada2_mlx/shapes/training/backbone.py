@@ -121,7 +121,7 @@ FURTHER = {
         Schedule(steps=3000, rate=1.2e-3, warmup=100, average=0.998), {0: MOSTLY_SEVERAL}, scrambled=0.3
     ),
     "backbone-eighth": Stage(
-        Schedule(steps=2000, rate=1e-3, warmup=100, average=0.998), {0: MOSTLY_STORIES}, scrambled=0.3
+        Schedule(steps=1500, rate=1e-3, warmup=100, average=0.998), {0: MOSTLY_STORIES}, scrambled=0.3
     ),
 }
 
