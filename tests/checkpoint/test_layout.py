@@ -23,7 +23,16 @@ from llada2_mlx.backbone.denoising import Method
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.network import LLaDA2
 from llada2_mlx.backbone.weights import published_names
-from llada2_mlx.checkpoint.layout import BUILT_IN, TOLD, Checkpoint, Part, cached_ids, listed_ids, model_folders, resolve
+from llada2_mlx.checkpoint.layout import (
+    BUILT_IN,
+    TOLD,
+    Checkpoint,
+    Part,
+    cached_ids,
+    listed_ids,
+    model_folders,
+    resolve,
+)
 from llada2_mlx.errors import CheckpointError, RequestError
 from llada2_mlx.imaging import load_part
 from llada2_mlx.progress import Progress
