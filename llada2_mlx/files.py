@@ -1,8 +1,9 @@
-"""Files: which are hidden, locks, and writing so that nothing is ever half-written."""
+"""Files: which are hidden, what they hold, locks, and writing so that nothing is ever half-written."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -70,3 +71,13 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def summed(path: Path, suffix: str = "") -> str:
+    """The SHA-256 of a file, or of the header of a safetensors file: a copy of a model may have other times."""
+    with path.open("rb") as file:
+        if (suffix or path.suffix) != ".safetensors":
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        length = file.read(8)
+        # no longer than a header may be, whatever a damaged file says
+        return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), 10**8))).hexdigest()

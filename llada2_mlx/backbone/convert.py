@@ -6,7 +6,6 @@ with the layers that are there, if the source is still the same.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from ..checkpoint.config import BackboneConfig
 from ..checkpoint.hub import repo_of
 from ..checkpoint.layout import INDEX, TOLD, WEIGHTS, Checkpoint, Part, safetensors_header, visible
 from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import locked, replacing
+from ..files import locked, replacing, summed
 from ..progress import Progress, amount
 from .precision import GROUP_SIZE, Quantization, build, check_block, is_router, quantization_of, scheme
 from .weights import Reader, check_backbone
@@ -384,16 +383,6 @@ def _wanted(checkpoint: Checkpoint, bits: int, group_size: int) -> dict[str, Any
 def source_of(checkpoint: Checkpoint) -> dict[str, list]:
     """The files that a copy is made of, with their sizes and sums."""
     return {path.name: [path.stat().st_size, summed(path)] for path in checkpoint.files(Part.BACKBONE)}
-
-
-def summed(path: Path, suffix: str = "") -> str:
-    """The SHA-256 of a file, or of the header of a safetensors file: a copy of a model may have other times."""
-    with path.open("rb") as file:
-        if (suffix or path.suffix) != ".safetensors":
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        length = file.read(8)
-        # no longer than a header may be, whatever a damaged file says
-        return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), 10**8))).hexdigest()
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from ..checkpoint.layout import (
     safetensors_header,
 )
 from ..errors import CheckpointError, RequestError
+from ..files import summed
 from ..progress import OnStep, Progress, ignore
 from ..worker import MLXWorker
 from .convert import (
@@ -51,7 +52,6 @@ from .convert import (
     size_of,
     source_of,
     state_of,
-    summed,
     write_json,
     writing,
 )

@@ -6,7 +6,6 @@ bits alone: with four, published ports of this network show grain.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors, safetensors_header
 from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import locked, replacing
+from ..files import locked, replacing, summed
 from ..progress import Progress, amount
 from ..worker import on_cpu
 from .decoder import EMBEDDER, stored
@@ -283,13 +282,8 @@ def _bytes(info: TensorInfo) -> int:
 
 def _wanted(folder: Path) -> dict[str, Any]:
     """What a copy is made of, as its ``STATE`` says it: sizes of files, and sums of the config and of the weights' header."""
-    weights, config = weights_of(folder), folder / "config.json"
-    with weights.open("rb") as file:
-        length = file.read(8)
-        # no longer than a header may be, whatever a damaged file says
-        header = length + file.read(min(int.from_bytes(length, "little"), 10**8))
-    sums = {weights: header, config: config.read_bytes()}
-    source = {path.name: [path.stat().st_size, hashlib.sha256(read).hexdigest()] for path, read in sums.items()}
+    paths = (weights_of(folder), folder / "config.json")
+    source = {path.name: [path.stat().st_size, summed(path)] for path in paths}
     return {"quantization": {"bits": BITS, "group_size": GROUP_SIZES[0]}, "source": source}
 
 

@@ -58,7 +58,7 @@ def checkpoint(model: str, *parts: Part) -> Checkpoint:
         CheckpointError: there is no such model, or it lacks a part.
     """
     folders = _folders() | {BUILT_IN: BUILT_IN_FOLDER}
-    if model not in [*folders, *hub_models()]:  # of a list: an API graph may name what is no text
+    if model not in list(folders) and not is_hub_model(model):  # an API graph may name what is no text, and has no hash
         raise CheckpointError(
             f"There is no model {model!r}. There are: {', '.join(model_names())}. Put a model folder into models/{_FOLDER}, "
             f"or a hub id into models/{_FOLDER}/{HUB_LIST}."
