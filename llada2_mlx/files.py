@@ -73,6 +73,12 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def in_users_cache(folder: Path, name: str) -> Path:
+    """Where what would lie in a folder by this name is kept if the folder is read-only."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "llada2-mlx" / "-".join(folder.resolve().parts[1:]) / name
+
+
 def summed(path: Path, suffix: str = "") -> str:
     """The SHA-256 of a file, or of the header of a safetensors file: a copy of a model may have other times."""
     with path.open("rb") as file:

@@ -26,7 +26,7 @@ from ..checkpoint.config import BackboneConfig
 from ..checkpoint.hub import repo_of
 from ..checkpoint.layout import INDEX, TOLD, WEIGHTS, Checkpoint, Part, safetensors_header, visible
 from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import locked, replacing, summed
+from ..files import in_users_cache, locked, replacing, summed
 from ..progress import Progress, amount
 from .precision import GROUP_SIZE, Quantization, build, check_block, is_router, quantization_of, scheme
 from .weights import Reader, check_backbone
@@ -42,8 +42,7 @@ def own_copy(checkpoint: Checkpoint, bits: int) -> Path:
     inside = checkpoint.copy_folder(bits)
     if os.access(checkpoint.root, os.W_OK) or is_current(inside, checkpoint, bits):
         return inside
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "llada2-mlx" / "-".join(checkpoint.root.resolve().parts[1:]) / inside.name
+    return in_users_cache(checkpoint.root, inside.name)
 
 
 def is_current(copy: Path, checkpoint: Checkpoint, bits: int, group_size: int = GROUP_SIZE) -> bool:

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors, safetensors_header
 from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import locked, replacing, summed
+from ..files import in_users_cache, locked, replacing, summed
 from ..progress import Progress, amount
 from ..worker import on_cpu
 from .decoder import EMBEDDER, stored
@@ -145,8 +145,7 @@ def own_copy(folder: Path) -> Path:
     inside = folder / f"mlx-{BITS}bit"
     if os.access(folder, os.W_OK) or is_current(inside, folder):
         return inside
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "llada2-mlx" / "-".join(folder.resolve().parts[1:]) / inside.name
+    return in_users_cache(folder, inside.name)
 
 
 def is_current(copy: Path, folder: Path) -> bool:

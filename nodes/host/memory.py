@@ -11,7 +11,7 @@ import torch
 from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 
-from ...llada2_mlx.checkpoint.layout import Part
+from ...llada2_mlx.checkpoint.layout import Checkpoint, Part
 from ...llada2_mlx.progress import ignore
 from .folders import checkpoint, fingerprint, is_hub_model
 from .progress import progress, tell
@@ -127,7 +127,7 @@ def backbone(model: str, precision: str) -> ManagedBackbone:
     from ...llada2_mlx.backbone.handle import Backbone
     from ...llada2_mlx.backbone.precision import BITS
 
-    if is_hub_model(model) and needs_fetching(model, precision):
+    if needs_fetching(model, precision) and is_hub_model(model):
         fetch_copy(model, BITS[precision], progress())
     handle = Backbone(checkpoint(model, Part.BACKBONE), precision)
     tell(handle.reason)
@@ -138,7 +138,7 @@ def backbone(model: str, precision: str) -> ManagedBackbone:
 def image_part(model: str, part: Part) -> ManagedPart:
     """A part of a model that runs in PyTorch, on the device that ComfyUI chooses."""
     found = checkpoint(model, part)
-    return _image_part(model, part, "torch", found.weight_bytes(part))
+    return _image_part(found, model, part, "torch", found.weight_bytes(part))
 
 
 def decoder(
@@ -150,14 +150,13 @@ def decoder(
     """
     from ...llada2_mlx.imaging.engine import plan
 
-    chosen = plan(checkpoint(model, part), part, engine, grids, options, model_management.get_torch_device())
-    tell(chosen.reason)
-    return _image_part(model, part, chosen.engine, chosen.size), chosen.working
-
-
-def _image_part(model: str, part: Part, engine: str, size: int) -> ManagedPart:
     found = checkpoint(model, part)
+    chosen = plan(found, part, engine, grids, options, model_management.get_torch_device())
+    tell(chosen.reason)
+    return _image_part(found, model, part, chosen.engine, chosen.size), chosen.working
 
+
+def _image_part(found: Checkpoint, model: str, part: Part, engine: str, size: int) -> ManagedPart:
     def load(device: torch.device, on_step: OnStep) -> Any:
         from ...llada2_mlx.imaging import load_part
 
