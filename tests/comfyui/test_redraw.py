@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from client import Comfy, Run, failed, ran, told, workflow
+from layouts import DRAWN, layout_of
 from PIL import Image
 
-from llada2_mlx.shapes.detector import read
 from llada2_mlx.shapes.world import Colour, Kind, Place
 
-CIRCLE = (Kind.CIRCLE, Colour.RED, Place.TOP_LEFT)
-STAR = (Kind.STAR, Colour.BLUE, Place.BOTTOM_RIGHT)
 TRIANGLE = (Kind.TRIANGLE, Colour.GREEN, Place.TOP_RIGHT)
 
 
@@ -21,15 +19,10 @@ def picture(comfy: Comfy, run: Run, name: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def layout(image: Image.Image) -> set:
-    found = read(image)
-    return found.layout() if found else set()
-
-
 def test_a_part_is_drawn_anew_and_every_other_pixel_is_kept(comfy: Comfy) -> None:
     run = ran(comfy.run(workflow("redraw_a_part")))
     before, after = picture(comfy, run, "redraw_before"), picture(comfy, run, "redraw_after")
-    assert layout(before) == {CIRCLE, STAR} and layout(after) == {CIRCLE, STAR, TRIANGLE}
+    assert layout_of(before) == DRAWN and layout_of(after) == {*DRAWN, TRIANGLE}
     changed = (np.asarray(before) != np.asarray(after)).any(axis=-1)
     changed[:128, 128:] = False  # the mask
     assert not changed.any()
@@ -87,13 +80,13 @@ def test_another_model_is_refused_before_the_picture_is_made(comfy: Comfy, uniqu
 
 def test_the_least_certain_codes_are_drawn_again(comfy: Comfy) -> None:
     run = ran(comfy.run(workflow("redraw_the_least_certain")))
-    assert layout(picture(comfy, run, "redraw_the_least_certain")) == {CIRCLE, STAR}
+    assert layout_of(picture(comfy, run, "redraw_the_least_certain")) == DRAWN
 
 
 def test_a_picture_grows(comfy: Comfy) -> None:
     run = ran(comfy.run(workflow("grow_a_picture")))
     image = picture(comfy, run, "grow_a_picture")
-    assert image.size == (256, 256) and layout(image) == {CIRCLE, STAR}
+    assert image.size == (256, 256) and layout_of(image) == DRAWN
 
 
 def test_growing_by_nothing_or_to_a_size_without_a_token_is_a_sentence(comfy: Comfy) -> None:
