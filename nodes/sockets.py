@@ -49,7 +49,7 @@ def seed_input(effect: str, after: bool | io.ControlAfterGenerate = True) -> io.
     return io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=after, tooltip=effect)
 
 
-def upscale_input() -> io.Int.Input:
+def upscale_input(**options) -> io.Int.Input:
     """The side of a decoded picture over that of the tokenizer's."""
     return io.Int.Input(
         "upscale",
@@ -57,6 +57,7 @@ def upscale_input() -> io.Int.Input:
         min=1,
         max=2,
         tooltip="2: twice the size that the tokenizer sees (32 pixels per code). 1: its size.",
+        **options,
     )
 
 

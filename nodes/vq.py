@@ -140,6 +140,7 @@ class ZImageDecode(io.ComfyNode):
             "solver",
             options=list(SOLVERS),
             default="euler",
+            advanced=True,
             tooltip="How the ODE is solved. euler, ab2, dpmpp_2m and unipc_2 call the network once a step.",
         )
         full = [
@@ -156,6 +157,7 @@ class ZImageDecode(io.ComfyNode):
                 "sampler",
                 options=[sampler.value for sampler in Sampler],
                 default="ODE",
+                advanced=True,
                 tooltip="ODE: clean at 8 steps. as published: fresh noise at every step, which can give stripes; set guidance to 0 for it.",
             ),
         ]
@@ -183,12 +185,13 @@ class ZImageDecode(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.1,
+                    advanced=True,
                     tooltip="How strongly to follow the codes. 1 is as published for the full decoder; 0 is none and takes half the work.",
                 ),
                 seed_input(
                     "Of the decoder's noise. One seed gives one picture on every machine; in a batch, picture i uses seed + i."
                 ),
-                upscale_input(),
+                upscale_input(advanced=True),
                 *_path_inputs(),
                 io.Combo.Input(
                     "engine",

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
+from templates import TEMPLATES, TITLE, WORKFLOWS
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "llada2_mlx"
@@ -130,14 +132,30 @@ def test_versions_and_requirements_agree() -> None:
 
 
 def test_every_workflow_comes_in_both_forms_with_a_thumbnail() -> None:
-    names = {path.stem for path in (ROOT / "workflows" / "api").glob("*.json")}
+    names = {path.stem for path in (WORKFLOWS / "api").glob("*.json")}
     assert len(names) >= 5
-    for suffix in (".json", ".jpg"):
-        assert {path.stem for path in (ROOT / "workflows").glob(f"*{suffix}")} == names
+    assert set(TEMPLATES.values()) == names
     for name in names:
         # what the canvas knows as an API graph: nothing but nodes
-        graph = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())
+        graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
         assert all(node["class_type"] and isinstance(node["inputs"], dict) for node in graph.values())
+    assert {path.stem for path in WORKFLOWS.glob("*.jpg")} == set(TEMPLATES)
+    for title in TEMPLATES:
+        with Image.open(WORKFLOWS / f"{title}.jpg") as thumbnail:
+            assert thumbnail.width == thumbnail.height >= 480, (
+                title
+            )  # a card of the browser is square, 240 pixels and more
+
+
+def test_templates_are_found_by_name_and_numbered_in_the_order_of_learning() -> None:
+    """The browser of templates shows a title on one line, and searches in words that begin like the one given."""
+    numbers = [TITLE.fullmatch(title)["number"] for title in TEMPLATES]
+    assert numbers == sorted(set(numbers))
+    assert all(title.lower().startswith("llada") and len(title) <= 34 for title in TEMPLATES)
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall(r"^\| (\d\d [^|]+?) \| `([^`|]+)` \|", readme, re.MULTILINE) == [
+        (title.removeprefix("LLaDA2 ").removesuffix(".app"), name) for title, name in TEMPLATES.items()
+    ]
 
 
 @cache
@@ -182,7 +200,15 @@ def test_what_the_registry_gets_is_all_that_runs_and_no_more() -> None:
     assert not developers
     for needed in ("__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         assert needed in files
-    for folder in ("nodes", "web/docs", "locales/ja", "workflows/api", "llada2_mlx/builtin/shapes/vae"):
+    for folder in (
+        "nodes",
+        "web/docs",
+        "locales/ja",
+        "workflows/api",
+        "subgraphs",
+        "web/js",
+        "llada2_mlx/builtin/shapes/vae",
+    ):
         assert any(path.startswith(f"{folder}/") for path in files), folder
     assert sum((ROOT / path).stat().st_size for path in files) < 25e6
     staying = lambda name: name.startswith("shapes.training")
@@ -216,12 +242,13 @@ def test_the_continuous_integration_calls_make_and_nothing_else() -> None:
 
 
 def test_the_workflows_say_which_pack_of_the_registry_their_nodes_are_of() -> None:
-    """By this a manager finds the pack for someone who opens a workflow and does not have it."""
-    name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
+    """By this a manager finds the pack, and the version that the graph fits, for someone who does not have it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ours = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
-    for path in (ROOT / "workflows").glob("*.json"):
-        nodes = [node for node in json.loads(path.read_text())["nodes"] if node["type"] in ours]
-        assert nodes and {node["properties"].get("cnr_id") for node in nodes} == {name}, path.name
+    for path in WORKFLOWS.glob("*.json"):
+        nodes = [node["properties"] for node in json.loads(path.read_text())["nodes"] if node["type"] in ours]
+        said = {(properties.get("cnr_id"), properties.get("ver")) for properties in nodes}
+        assert said == {(project["name"], project["version"])}, path.name
 
 
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")

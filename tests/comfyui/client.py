@@ -20,12 +20,21 @@ from typing import Any
 
 import websocket
 from PIL import Image
+from templates import WORKFLOWS
 
 PACK = "ComfyUI-LLaDA2-MLX"
 ROOT = Path(__file__).parent.parent.parent
-WORKFLOWS = ROOT / "workflows"
 TEXT_EVENT, PREVIEW_EVENT = 3, 4  # binary websocket messages: progress text, a picture with where it belongs
 START_TIMEOUT, RUN_TIMEOUT = 180, 300
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a choice with inputs of its own
+WIDGETS = (
+    "INT",
+    "FLOAT",
+    "STRING",
+    "BOOLEAN",
+    "COMBO",
+    DYNAMIC,
+)  # kinds that are no sockets; a list of choices is one too
 
 
 @dataclass
@@ -172,6 +181,47 @@ def workflow(name: str, **changes: dict) -> dict:
     for node, inputs in changes.items():
         prompt[node]["inputs"] |= inputs
     return prompt
+
+
+def api_graph(comfy: Comfy, nodes: list[dict], links: dict[int, list]) -> tuple[dict, list[str]]:
+    """Nodes as the editor saves them -> the same graph as the API has it, and what becomes of each seed after a run.
+
+    ``links`` says of each link from which node and output it comes. Every value has to be there, and one that exists.
+    """
+    graph, varied = {}, []
+    for node in nodes:
+        kinds = comfy.get(f"/object_info/{node['type']}")[node["type"]]["input"]
+        optional = kinds.get("optional", {})
+        linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link")}
+        values, inputs, pending = list(node.get("widgets_values") or []), {}, list(kinds["required"].items())
+        is_widget = lambda kind: isinstance(kind, list) or kind in WIDGETS
+        pending += [(key, spec) for key, spec in optional.items() if is_widget(spec[0])]
+        while pending:
+            key, (kind, *options) = pending.pop(0)
+            options = options[0] if options else {}
+            if kind == "COMFY_AUTOGROW_V3":
+                grown = [f"{key}.{name}" for name in options["template"]["names"] if f"{key}.{name}" in linked]
+                inputs |= {name: linked.pop(name) for name in grown}
+                continue
+            if not is_widget(kind):
+                inputs[key] = linked.pop(key)
+                continue
+            value = values.pop(0)  # is kept where a link overrules it
+            if kind == DYNAMIC:
+                (chosen,) = [option for option in options["options"] if option["key"] == value]
+                pending = [(f"{key}.{own}", spec) for own, spec in chosen["inputs"]["required"].items()] + pending
+            elif isinstance(kind, list) or kind == "COMBO":
+                assert value in (kind if isinstance(kind, list) else options["options"])
+            inputs[key] = linked.pop(key, value)
+            if options.get("control_after_generate"):
+                varied.append(values.pop(0))
+        for key in set(linked) & set(optional):
+            inputs[key] = linked.pop(key)
+        assert not linked
+        if node["type"] != "PreviewAny":  # keeps what it showed
+            assert not values
+        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return graph, varied
 
 
 @contextmanager

@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client import PACK, ROOT, Comfy
+from client import DYNAMIC, PACK, ROOT, Comfy
 from PIL import Image
 
 from llada2_mlx.shapes.detector import read
 from llada2_mlx.shapes.world import Colour, Kind, Place
 
-DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 LANGUAGES = ("zh", "ja", "de", "fr")
 
 
@@ -68,6 +67,32 @@ def test_a_picture_of_a_help_page_is_served(comfy: Comfy) -> None:
         f"http://{comfy.address}/extensions/{PACK}/docs/images/drawn.jpg", timeout=30
     ) as answer:
         assert answer.headers["Content-Type"] == "image/jpeg" and answer.read(2) == b"\xff\xd8"
+
+
+def sockets_of(info: dict) -> Iterator[str]:
+    """The types of a node's inputs and outputs."""
+    for kind, *_ in {**info["input"].get("required", {}), **info["input"].get("optional", {})}.values():
+        if isinstance(kind, str):
+            yield from kind.split(",")  # an input that takes several
+    yield from info["output"]
+
+
+def test_every_socket_of_ours_has_a_colour(comfy: Comfy, nodes: dict[str, dict]) -> None:
+    ours = {kind for info in nodes.values() for kind in sockets_of(info) if kind.startswith("LLADA2_")}
+    (path,) = [path for path in comfy.get("/extensions") if PACK in path]
+    with urllib.request.urlopen(f"http://{comfy.address}{path}", timeout=30) as answer:
+        colours = dict(re.findall(r"(LLADA2_\w+): \"(#[0-9a-f]{6})\"", answer.read().decode()))
+    assert len(ours) >= 5 and set(colours) == ours
+    assert len(set(colours.values())) == len(colours)
+
+
+@pytest.mark.parametrize("chosen", ["full", "turbo"])
+def test_what_a_beginner_needs_of_the_decoder_is_not_folded(nodes: dict[str, dict], chosen: str) -> None:
+    inputs = nodes["ZImageDecode"]["input"]
+    first = {**inputs["required"], **inputs["optional"]}
+    (choice,) = [option for option in first["decoder"][1]["options"] if option["key"] == chosen]
+    shown = [name for name, spec in {**first, **choice["inputs"]["required"]}.items() if not spec[1].get("advanced")]
+    assert shown == ["vq", "model", "decoder", "seed", "preset", "steps"]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

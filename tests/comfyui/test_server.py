@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from client import WORKFLOWS, Comfy, failed, ran, told, workflow
+from client import DYNAMIC, PACK, Comfy, api_graph, failed, ran, told, workflow
 from layouts import DRAWN, STAR, layout_of
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from templates import TEMPLATES, WORKFLOWS
 
 from llada2_mlx.checkpoint.layout import BUILT_IN
 from llada2_mlx.shapes.world import Colour, Kind, Place
@@ -35,8 +36,7 @@ NODES = [
 EDITED = {(Kind.CIRCLE, Colour.YELLOW, Place.TOP_LEFT), STAR}
 SECOND = {(Kind.RING, Colour.GREEN, Place.TOP_RIGHT), (Kind.TRIANGLE, Colour.PURPLE, Place.BOTTOM_LEFT)}
 ANSWER = "A red circle in the top left and a blue star in the bottom right, on a plain white background."
-NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
-DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+NAMES = sorted(set(TEMPLATES.values()))
 # run by tests of their own, because they show something else
 OTHERS = {
     "codes_as_things",
@@ -230,50 +230,16 @@ def test_a_batch_gives_a_batch(comfy: Comfy) -> None:
     assert pixels[0] != pixels[1] == pixels[2]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
+@pytest.mark.parametrize("title", TEMPLATES)
+def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, title: str) -> None:
     """Nodes, inputs and values that exist, in the order of the widgets, and the same graph as the API file."""
-    editor = json.loads((WORKFLOWS / f"{name}.json").read_text())
-    links = {link[0]: [str(link[1]), link[2]] for link in editor["links"]}
-    graph, varied = {}, []
-    for node in editor["nodes"]:
-        if node["type"] in ("MarkdownNote", "LoadImage"):  # a picture of the user's waits beside the graph
-            continue
-        kinds = comfy.get(f"/object_info/{node['type']}")[node["type"]]["input"]
-        optional = kinds.get("optional", {})
-        linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link")}
-        values, inputs, pending = list(node.get("widgets_values") or []), {}, list(kinds["required"].items())
-        # what is no socket
-        is_widget = lambda kind: (
-            isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
-        )
-        pending += [(key, spec) for key, spec in optional.items() if is_widget(spec[0])]
-        while pending:
-            key, (kind, *options) = pending.pop(0)
-            options = options[0] if options else {}
-            if key in linked:
-                inputs[key] = linked.pop(key)
-                continue
-            if kind == "COMFY_AUTOGROW_V3":
-                grown = [f"{key}.{name}" for name in options["template"]["names"] if f"{key}.{name}" in linked]
-                inputs |= {name: linked.pop(name) for name in grown}
-                continue
-            inputs[key] = value = values.pop(0)
-            if kind == DYNAMIC:
-                (chosen,) = [option for option in options["options"] if option["key"] == value]
-                pending = [(f"{key}.{own}", spec) for own, spec in chosen["inputs"]["required"].items()] + pending
-            elif isinstance(kind, list) or kind == "COMBO":
-                assert value in (kind if isinstance(kind, list) else options["options"])
-            if options.get("control_after_generate"):
-                varied.append(values.pop(0))
-        for key in set(linked) & set(optional):
-            inputs[key] = linked.pop(key)
-        assert not linked
-        if node["type"] != "PreviewAny":  # keeps what it showed
-            assert not values
-        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    editor = json.loads((WORKFLOWS / f"{title}.json").read_text())
+    # a picture of the user's waits beside the graph
+    nodes = [node for node in editor["nodes"] if node["type"] not in ("MarkdownNote", "LoadImage")]
+    graph, varied = api_graph(comfy, nodes, {link[0]: [str(link[1]), link[2]] for link in editor["links"]})
     assert graph == {
-        key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in workflow(name).items()
+        key: {"class_type": node["class_type"], "inputs": node["inputs"]}
+        for key, node in workflow(TEMPLATES[title]).items()
     }
     (note,) = [node for node in editor["nodes"] if node["type"] == "MarkdownNote"]
     assert varied.count("randomize") == 1  # Run again draws a variation: the last decoder's seed
@@ -282,13 +248,13 @@ def test_an_editor_workflow_is_the_api_graph(comfy: Comfy, name: str) -> None:
     assert any(node["type"] == "LoadImage" for node in editor["nodes"]) == needs_a_picture
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_node_of_a_template_hides_another(name: str) -> None:
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_no_node_of_a_template_hides_another(template: str) -> None:
     """With the room that a text below a node takes, or a picture that appears, which comes when the node has something to show."""
     title, text, picture, gap = 30, 60, 200, 10  # pixels
     drawing = ("LLaDA2TextToVQ", "LLaDA2Edit", "LLaDA2Redraw", "LLaDA2Grow", "LLaDA2Story", "ZImageDecode", "KSampler")
     boxes = []
-    for node in json.loads((WORKFLOWS / f"{name}.json").read_text())["nodes"]:
+    for node in json.loads((WORKFLOWS / f"{template}.json").read_text())["nodes"]:
         (left, top), (width, height) = node["pos"], node["size"]
         shows_itself = ("MarkdownNote", "LoadImage", "SaveImage", "PreviewImage")
         below = picture if node["type"] in drawing else 0 if node["type"] in shows_itself else text
@@ -625,13 +591,13 @@ def test_the_pack_is_imported_fast(comfy: Comfy) -> None:
 
 
 def test_the_workflows_are_templates_with_thumbnails(comfy: Comfy) -> None:
+    import urllib.parse
     import urllib.request
 
-    assert sorted(comfy.get("/workflow_templates")["ComfyUI-LLaDA2-MLX"]) == NAMES
-    for name in NAMES:
-        with urllib.request.urlopen(
-            f"http://{comfy.address}/api/workflow_templates/ComfyUI-LLaDA2-MLX/{name}.jpg"
-        ) as answer:
+    assert sorted(comfy.get("/workflow_templates")[PACK]) == list(TEMPLATES)
+    for title in TEMPLATES:
+        path = urllib.parse.quote(f"/api/workflow_templates/{PACK}/{title}.jpg")
+        with urllib.request.urlopen(f"http://{comfy.address}{path}") as answer:
             assert answer.headers["Content-Type"] == "image/jpeg"
 
 
