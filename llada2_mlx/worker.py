@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from .progress import OnStep, Progress, ignore
 
-CACHE_BYTES = 10**9  # of freed buffers MLX may keep no more, however large the machine is
+CACHE_BYTES = 10**9  # of freed buffers MLX may keep no more, however large the machine is; less where memory is short
 
 T = TypeVar("T")
 
@@ -39,14 +39,17 @@ class MLXWorker:
         self._calls.put((future, function, args))
         return future.result()
 
-    def drive(self, steps: Generator[Progress, None, T], on_step: OnStep = ignore, wired: int = 0) -> T:
+    def drive(
+        self, steps: Generator[Progress, None, T], on_step: OnStep = ignore, wired: int = 0, cache: int = CACHE_BYTES
+    ) -> T:
         """Run a generator on the worker's thread, step by step; returns its return value.
 
         MLX's buffer cache is empty afterwards: what work leaves there is memory that others miss.
 
         Args:
-            wired: bytes that the work needs and that Metal shall keep in memory meanwhile, see ``wired_limit``.
             on_step: called after each step in the caller's thread; what it raises ends the work before the next one.
+            wired: bytes that the work needs and that Metal shall keep in memory meanwhile, see ``wired_limit``.
+            cache: bytes of freed buffers that MLX may keep meanwhile.
         """
 
         def advance() -> tuple[Progress | None, T | None]:
@@ -55,7 +58,7 @@ class MLXWorker:
             except StopIteration as stop:
                 return None, stop.value
 
-        with wired_limit(wired, self.call):
+        with wired_limit(wired, self.call), _cache_limit(cache, self.call):
             try:
                 while True:
                     progress, result = self.call(advance)
@@ -87,6 +90,17 @@ def wired_limit(needed: int, call: Callable[..., Any]) -> Iterator[None]:
     finally:
         call(mx.synchronize)  # what still runs may use what is kept
         call(mx.set_wired_limit, before)
+
+
+@contextmanager
+def _cache_limit(most: int, call: Callable[..., Any]) -> Iterator[None]:
+    """Let MLX keep ``most`` bytes of freed buffers, or what its limit is if that is less; restored at the end."""
+    before = call(mx.set_cache_limit, most)
+    call(mx.set_cache_limit, min(most, before))
+    try:
+        yield
+    finally:
+        call(mx.set_cache_limit, before)
 
 
 def on_cpu() -> bool:

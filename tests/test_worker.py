@@ -10,7 +10,6 @@ from synthetic import tiny
 
 from llada2_mlx import tasks
 from llada2_mlx.backbone.handle import Backbone
-from llada2_mlx.backbone.precision import WORK_BYTES
 from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.progress import Progress
 from llada2_mlx.worker import MLXWorker
@@ -44,7 +43,7 @@ def test_the_wired_limit_is_what_a_run_needs_and_metal_recommends(
 ) -> None:
     metal, during = Metal(monkeypatch, recommended), []
     tasks.text_to_vq(backbone, "a cat", on_step=lambda progress: during.append(metal.limit))
-    assert set(during) == {min(backbone.size + int(WORK_BYTES), recommended)}
+    assert set(during) == {min(backbone.size + backbone.working.size, recommended)}
     assert metal.limit == 7 and len(metal.set) == 2
 
 

@@ -24,15 +24,17 @@ from .convert import convert, is_current, only_copies, own_copy
 from .network import LLaDA2
 from .precision import (
     BITS,
-    WORK_BYTES,
     check_block,
     choose,
+    choose_of,
     machine_bytes,
     memory_bytes,
+    precision_bytes,
     run_type,
     scheme,
 )
 from .weights import check_backbone, load_backbone, stored_type
+from .working import fit
 
 T = TypeVar("T")
 Steps = Generator[Progress, None, T]
@@ -48,7 +50,8 @@ class Backbone:
             this machine, and for a quantised model what it is quantised to. Where only smaller copies of the weights are
             here, one of them is taken.
 
-    ``precision`` is then what was picked, ``reason`` why if it was "auto", ``size`` how many bytes the weights take.
+    ``precision`` is then what was picked, ``reason`` why if it was "auto", ``size`` how many bytes the weights take, ``working``
+    how it works in the memory that is left.
 
     Raises:
         CheckpointError: config, tokenizer or weight files are missing or do not fit each other. The check reads
@@ -88,6 +91,7 @@ class Backbone:
         self.precision, self.dtype = precision, run_type(precision)
         self._block = block or (scheme(self.config, BITS[precision]) if precision in BITS else None)
         self.size = memory_bytes(self.config, self.dtype, self._block)
+        self.working = fit(self.config, self.dtype, machine_bytes() - self.size)
 
     def _choose_copy(self, precision: str) -> None:
         """Settle how a model will run whose own weights are not here, but one or several smaller copies."""
@@ -100,13 +104,12 @@ class Backbone:
             )
         if precision not in ("auto", *there):
             raise RequestError(only_copies(self.checkpoint, precision))
-        sizes = {name: memory_bytes(self.config, run_type(name), scheme(self.config, BITS[name])) for name in there}
         self.reason = None
         if precision == "auto":
-            fitting = [name for name, size in sizes.items() if size + WORK_BYTES <= machine_bytes()]
-            precision = (fitting or [*sizes][-1:])[0]
-            self.reason = f"Precision: {precision}, of {' and '.join(there)}: only smaller copies of the model are on this machine."
-        self.precision, self.dtype, self.size = precision, run_type(precision), sizes[precision]
+            precision, why = choose_of(self.config, [*there], machine_bytes())
+            self.reason = f"{why} Only smaller copies of the model are on this machine: {' and '.join(there)}."
+        self.precision, self.dtype, self.size = precision, run_type(precision), precision_bytes(self.config, precision)
+        self.working = fit(self.config, self.dtype, machine_bytes() - self.size)
         self._block = scheme(self.config, BITS[precision])
         copy = copies[there[precision]]
         check_backbone(self.config, self._block, copy.backbone_tensors(), copy)
@@ -130,7 +133,8 @@ class Backbone:
         """
         with self._loading:
             if self._model is None:
-                self._model = self._worker.drive(self._read(), on_step)
+                self._model = self._worker.drive(self._read(), on_step, cache=self.working.cache)
+                self._model.prefill = self.working.piece
             return self._model
 
     def unload(self) -> None:
@@ -150,7 +154,8 @@ class Backbone:
             LLaDA2Error: as ``load``, and what the job raises.
         """
         network = self.load(on_step)
-        return self._worker.drive(job(network, *args, **options), on_step, wired=self.size + int(WORK_BYTES))
+        wired = self.size + self.working.size
+        return self._worker.drive(job(network, *args, **options), on_step, wired, self.working.cache)
 
     def _read(self) -> Steps[LLaDA2]:
         """The network, from a converted copy where one is needed, which is made unless it is there."""

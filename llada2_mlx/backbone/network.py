@@ -15,6 +15,8 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..checkpoint.config import BackboneConfig
 
+PREFILL = 1024  # positions of a prompt that go through the network in one pass, in each branch
+
 
 class LayerCache(Protocol):
     """What a layer needs of a cache: put new keys and values in, get everything there is to attend to."""
@@ -152,12 +154,15 @@ class Trunk(nn.Module):
 class LLaDA2(nn.Module):
     """The backbone with its output head.
 
+    ``prefill`` is how many positions of a prompt go through it in one pass, in each branch: fewer take less memory and more time.
+
     Source: inclusionAI/LLaDA2.0-Uni (``LLaDA2MoeModelLM``), arXiv:2604.20796.
     """
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.config = config
+        self.prefill = PREFILL
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._head_covariance: mx.array | None = None

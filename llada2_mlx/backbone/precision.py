@@ -6,7 +6,7 @@ Few bits are MLX's affine quantisation: groups of weights of a row share a scale
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from ..checkpoint.config import BackboneConfig
 from ..errors import CheckpointError, RequestError
 from ..worker import machine_bytes as machine_bytes
 from ..worker import on_cpu
-from .network import LLaDA2
+from .network import PREFILL, LLaDA2
+from .working import BRANCHES, Working, fit
 
 Quantization = dict[
     str, Any
@@ -30,7 +31,6 @@ READ_BITS = (2, 3, 4, 5, 6, 8)  # those of copies that others made
 GROUP_SIZE = 64
 GROUP_SIZES = (128, 64, 32)  # what MLX has
 OTHER_BITS = 8  # at least, of everything but the routed experts: a tenth of the weights, and each token passes them all
-WORK_BYTES = 4e9  # for activations, caches and what else runs; an assumption
 
 
 def is_router(parameter: str) -> bool:
@@ -120,22 +120,37 @@ def choose(config: BackboneConfig, stored: str, memory: int) -> tuple[str, str]:
         memory: in bytes, see ``machine_bytes``.
     """
     whole = ("float32",) if on_cpu() else ("float32", "bf16") if stored == "float32" else ("bf16",)
-    sizes = {
-        name: memory_bytes(config, run_type(name), scheme(config, BITS[name]) if name in BITS else None)
-        for name in (*whole, *BITS)
-    }
-    fitting = [name for name, size in sizes.items() if size + WORK_BYTES <= memory]
-    chosen = fitting[0] if fitting else list(sizes)[-1]
+    return choose_of(config, (*whole, *BITS), memory)
+
+
+def choose_of(config: BackboneConfig, precisions: Sequence[str], memory: int) -> tuple[str, str]:
+    """The first of some precisions that fits into ``memory`` bytes, else the last; and why."""
+    sizes = {name: precision_bytes(config, name) for name in precisions}
+    works = {name: fit(config, run_type(name), memory - size) for name, size in sizes.items()}
+    chosen = next((name for name, work in works.items() if work.fits), precisions[-1])
     told = [f"{name} takes {size / 1e9:.1f} GB" for name, size in sizes.items()]
-    rest = f"and {WORK_BYTES / 1e9:.0f} GB to work in the {memory / 1e9:.1f} GB that MLX may use on this machine"
-    if not fitting:
-        return (
-            chosen,
-            f"Precision: {chosen}, the smallest; {told[-1]} {rest}: it is too large, and will be slow or fail.",
-        )
-    larger = told[: list(sizes).index(chosen)]
+    larger, work = told[: list(sizes).index(chosen)], works[chosen]
+    there = f"in the {memory / 1e9:.1f} GB that MLX may use on this machine"
+    needed = f"{told[len(larger)]}, and {work.size / 1e9:.1f} GB to work {there}"
+    if not work.fits:
+        return chosen, f"Precision: {chosen}, the smallest; {needed}: {_too_large(work)}"
+    smaller = f"; prompts are read in pieces of {work.piece} tokens" if work.piece < PREFILL else ""
     too_large = f"; {', '.join(larger)}, too much" if larger else ""
-    return chosen, f"Precision: {chosen}. {told[len(larger)]}, {rest}{too_large}."
+    return chosen, f"Precision: {chosen}. {needed}{smaller}{too_large}."
+
+
+def precision_bytes(config: BackboneConfig, precision: str) -> int:
+    """What the weights of a model take in memory that is converted to a precision, or run in it."""
+    block = scheme(config, BITS[precision]) if precision in BITS else None
+    return memory_bytes(config, run_type(precision), block)
+
+
+def _too_large(work: Working) -> str:
+    """What is to be expected where the work does not fit."""
+    tokens = work.longest // BRANCHES
+    if not tokens:
+        return "it is too large, and will be slow or fail."
+    return f"it is enough for {tokens} tokens with guidance, and what is longer will be slow or fail."
 
 
 def run_type(precision: str) -> mx.Dtype:

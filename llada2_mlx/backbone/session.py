@@ -17,9 +17,6 @@ import numpy as np
 from .guidance import Guidance
 from .network import LLaDA2
 
-# Positions of prompt that go through the network in one pass before the first step.
-PREFILL = 1024
-
 
 @dataclass
 class Report:
@@ -247,9 +244,9 @@ class BatchedRunner:
         """Put finished blocks into the cache.
 
         Args:
-            whole: all of them; else all but the last ``PREFILL`` positions, which the next step takes along.
+            whole: all of them; else all but what fits into one pass, which the next step takes along.
         """
-        session, chunk = self.session, max(PREFILL // self.size, 1) * self.size
+        session, chunk = self.session, max(self.model.prefill // self.size, 1) * self.size
         while session.layers is not None and end - session.final > (0 if whole else chunk):
             start, stop = session.final, min(session.final + chunk, end)
             hidden = self._run(tokens, start, stop)

@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from llada2_mlx.backbone import session
 from llada2_mlx.backbone.acceptance import Candidates, Sampling, ThresholdAcceptance, draw_candidates
 from llada2_mlx.backbone.denoising import Draft, Method, Vocabulary, generate
 from llada2_mlx.backbone.guidance import Guidance
@@ -129,7 +128,7 @@ def test_a_long_prompt_is_read_in_pieces(backbone: Backbone, monkeypatch: pytest
         ).ids
     )
     expected = run(whole)
-    monkeypatch.setattr(session, "PREFILL", 64)
+    monkeypatch.setattr(backbone.load(), "prefill", 64)
     pieces: list[Progress] = []
     assert run(pieces) == expected
     assert {p.phase for p in pieces} - {p.phase for p in whole} == {"reading the prompt"}

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 from synthetic import tiny
 
-from llada2_mlx.backbone import precision, session, weights
+from llada2_mlx.backbone import precision, weights
 from llada2_mlx.backbone.acceptance import Sampling
 from llada2_mlx.backbone.convert import convert
 from llada2_mlx.backbone.denoising import Draft, Vocabulary, generate
@@ -131,10 +131,9 @@ def test_a_network_that_gives_nothing_finite_is_said_at_the_first_step() -> None
 
 def test_a_prompt_is_read_in_pieces_and_each_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = Backbone(Checkpoint(tiny()), "float32")
-    backbone.load()
     lengths, evaluated = [], []
     call, evaluate = LLaDA2.__call__, mx.async_eval
-    monkeypatch.setattr(session, "PREFILL", 64)
+    monkeypatch.setattr(backbone.load(), "prefill", 64)
     monkeypatch.setattr(
         LLaDA2, "__call__", lambda self, tokens, *rest: (lengths.append(tokens.shape[1]), call(self, tokens, *rest))[1]
     )

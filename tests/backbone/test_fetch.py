@@ -501,7 +501,7 @@ def test_it_is_taken_for_the_backbone(hub: Hub, alone: Checkpoint, published: Pa
     assert not alone.missing(Part.BACKBONE) and alone.missing(Part.BACKBONE, published=True)
     assert not needs_fetching(HUB_MODEL, "4bit")
     auto, four = Backbone(alone), Backbone(alone, "4bit")
-    assert auto.precision == four.precision == "4bit" and "only smaller copies" in auto.reason and four.reason is None
+    assert auto.precision == four.precision == "4bit" and "Only smaller copies" in auto.reason and four.reason is None
     of_whole = Backbone(Checkpoint(Path(shutil.copytree(published, tmp_path / "whole"))), "4bit")
     assert auto.size == of_whole.size
     assert tasks.text_to_vq(auto, "a cat").grid == tasks.text_to_vq(of_whole, "a cat").grid
@@ -522,7 +522,9 @@ def test_two_copies(hub: Hub, alone: Checkpoint, expected, monkeypatch: pytest.M
     assert [content(alone.copy_folder(bits)) for bits in (4, 8)] == [expected[4], expected[8]]
     assert Backbone(alone).precision == "8bit"  # the most exact that fits
     monkeypatch.setattr("llada2_mlx.backbone.handle.machine_bytes", lambda: 10**6)
-    assert Backbone(alone).precision == "4bit"
+    small = Backbone(alone)
+    assert small.precision == "4bit" and "4bit, the smallest" in small.reason and "too large" in small.reason
+    assert small.reason.endswith("Only smaller copies of the model are on this machine: 8bit and 4bit.")
 
 
 def test_its_other_parts_come_without_the_weights(hub: Hub, alone: Checkpoint) -> None:
