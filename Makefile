@@ -7,19 +7,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 REGISTRY := .venv-registry
+# The ComfyUI that `make comfyui` gets, for those who have none.
+COMFYUI := build/comfyui
+COMFYUI_SOURCE ?= https://github.com/comfyanonymous/ComfyUI
+COMFYUI_VERSION ?= v0.33.0
 # Test files that run at the same time. Each of the processes may start a ComfyUI and read models: 4 GB of memory each.
 JOBS ?= 2
 
-.PHONY: demo test test-lowest shapes evaluate benchmarks lint validate check-tag clean
+.PHONY: demo test test-lowest browser comfyui shapes evaluate benchmarks lint validate check-tag clean
 
 demo: $(VENV)/.ready
 	$(BIN)/llada2-mlx demo demo
 
 # Threads that wait for one another cost more than they bring where several processes share the cores.
-test test-lowest: export OMP_NUM_THREADS ?= 1
+test test-lowest browser: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 2 --durations 20
+
+# All that is tested in a browser, with two front ends; pictures of it in build/browser. Some of it with ARGS="-k story".
+browser: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[test,browser]"
+	$(BIN)/python -m pytest tests/browser -m "" --durations 20 $(ARGS)
 
 # The tests with the lowest versions that pyproject.toml allows; some of them with ARGS="tests/test_tokens.py".
 test-lowest: $(LOWEST)/.ready
@@ -65,6 +74,14 @@ $(LOWEST)/.ready: pyproject.toml
 	    print(*(d.replace(">=", "==") for d in p["dependencies"] + p["optional-dependencies"]["test"] \
 	    if not d.startswith("torch>")), sep="\n")' > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/lowest.txt
+	touch $@
+
+comfyui: $(COMFYUI)/.ready
+
+$(COMFYUI)/.ready: requirements.txt
+	test -e $(COMFYUI) || git clone --quiet --depth 1 --branch $(COMFYUI_VERSION) $(COMFYUI_SOURCE) $(COMFYUI)
+	$(PYTHON) -m venv $(COMFYUI)/venv
+	$(COMFYUI)/venv/bin/python -m pip install --quiet "$(TORCH)" -r $(COMFYUI)/requirements.txt -r requirements.txt
 	touch $@
 
 $(REGISTRY)/.ready:

@@ -225,8 +225,8 @@ def api_graph(comfy: Comfy, nodes: list[dict], links: dict[int, list]) -> tuple[
 
 
 @contextmanager
-def serve(folder: Path, python: Path, base: Path, **environment: str) -> Iterator[Comfy]:
-    """Start a server on a free port and stop it at the end."""
+def serve(folder: Path, python: Path, base: Path, *options: str | Path, **environment: str) -> Iterator[Comfy]:
+    """Start a server on a free port, with more options of its command line, and stop it at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -242,7 +242,7 @@ def serve(folder: Path, python: Path, base: Path, **environment: str) -> Iterato
         "--disable-auto-launch",
         "--disable-api-nodes",
     ]
-    command += ["--database-url", "sqlite:///:memory:"]
+    command += ["--database-url", "sqlite:///:memory:", *options]
     if (paths := base / "extra_model_paths.yaml").exists():
         command += ["--extra-model-paths-config", paths]
     with log.open("wb") as output:
