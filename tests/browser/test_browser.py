@@ -61,16 +61,14 @@ def test_the_front_end_is_the_one_that_is_tested(editor, front_end: str, comfyui
 
 def test_the_browser_of_templates_shows_ours_with_their_pictures(editor) -> None:
     cards = editor.browse_templates()
-    editor.page.wait_for_function(
-        """all => {
-            const pictures = [...document.querySelectorAll('[data-testid^=template-workflow-] img')]
-            return pictures.length >= all && pictures.every(picture => picture.naturalWidth > 0)
-        }""",
-        arg=len(TEMPLATES),
-    )
-    editor.keep("templates")
+    cards.nth(len(TEMPLATES) - 1).wait_for(state="attached")
     names = [card.get_attribute("data-testid").removeprefix("template-workflow-") for card in cards.all()]
     assert sorted(names) == list(TEMPLATES)
+    editor.keep("templates")
+    for card in cards.all():
+        card.scroll_into_view_if_needed()  # a picture is fetched when it comes into view
+        picture = card.locator("img").first.element_handle()
+        editor.page.wait_for_function("picture => picture.complete && picture.naturalWidth > 0", arg=picture)
     editor.page.keyboard.press("Escape")
 
 
