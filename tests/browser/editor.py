@@ -22,8 +22,11 @@ SETTINGS = {
     "Comfy.VueNodes.Enabled": False,
 }
 # what the front end itself asks for and does not find: the user's own files in a new installation, a help page in the
-# user's language before the one for all of them, and the sizes of models that ComfyUI's blueprints name
-NOT_OURS = re.compile(r"/user\.css|/api/userdata|/docs/\w+/[\w-]+\.md|Content Security Policy")
+# user's language before the one for all of them, the sizes of models that ComfyUI's blueprints name, and its own graph
+# before it is there
+NOT_OURS = re.compile(
+    r"/user\.css|/api/userdata|/docs/\w+/[\w-]+\.md|Content Security Policy|graph accessed before initialization"
+)
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 # Keeps what the server says, in the order in which the front end hears it, in window.heard.
 LISTEN = """kinds => {
