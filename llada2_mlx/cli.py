@@ -349,7 +349,7 @@ def bench(a: argparse.Namespace) -> None:
     options, backbone = _decode_options(a, checkpoint), _backbone(a, checkpoint)
     part, device, name = DECODERS[a.decoder][0], _device(a), _name(a.model)
     with _Bars() as on_step:
-        figures = bench.measure(checkpoint, backbone, part, options, device, a.size, name, on_step, a.runs)
+        figures = bench.measure(checkpoint, backbone, part, options, device, a.size, name, on_step, a.runs, a.engine)
     if a.json:
         _write(Path(a.json), json.dumps(figures.as_json(), indent=1))
     print(bench.to_markdown(figures))
@@ -937,8 +937,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder with models in it, such as ComfyUI's models/llada2; may be given several times",
     )
     p.add_argument("--json", action="store_true", help="print the same as JSON")
-    p = add(bench, decoding)
-    p.set_defaults(seed=0, engine="torch")
+    p = add(bench, decoding, in_engine)
+    p.set_defaults(seed=0)
     p.add_argument("--size", type=int, default=0, help="side of the picture in pixels; 0: the model's own, 512 at most")
     p.add_argument("--runs", type=int, default=3, help="how often a stage of seconds is run (default: 3)")
     p.add_argument("--json", metavar="FILE", help="also write the figures to this .json file")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
-from benchmarks import breakdown, calls, model, upstream, working
+from benchmarks import ahead, breakdown, calls, fitting, model, upstream, working
 from benchmarks.__main__ import main
 from benchmarks.measure import Case, compare, ours, picture, question
+from counting import hollow_checkpoint
+from rehearsal.pieces import DECODER
 
+from llada2_mlx.backbone.acceptance import Candidates, ThresholdAcceptance
 from llada2_mlx.backbone.denoising import Method
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import Checkpoint
@@ -87,3 +91,36 @@ def test_a_call_of_the_decoder_counts_what_its_layers_shapes_say() -> None:
 def test_every_preset_is_measured_once() -> None:
     measured = [options for _, options in calls.rows()]
     assert len(set(measured)) == len(measured) and set(calls.PRESETS.values()) <= set(measured)
+
+
+def test_a_guess_holds_where_the_next_step_finds_the_same() -> None:
+    """Positions that are accepted one after the other, by candidates that stay; then one that becomes another."""
+    found = ahead.Guesses()
+    acceptance = ahead.Guessing(ThresholdAcceptance(block_length=4, steps=4, threshold=1.0), 4, found)
+    probability, masked = mx.array([[0.9, 0.8, 0.7, 0.6]]), mx.array([[True] * 4])
+    for step, tokens in enumerate(([1, 2, 3, 4], [9, 2, 3, 4], [9, 9, 3, 4], [9, 9, 9, 5])):
+        candidates = Candidates(mx.array([tokens]), probability, mx.zeros((1, 4, 10)))
+        accepted = acceptance(candidates, masked, step, ())
+        assert accepted.tolist() == [[at == step for at in range(4)]]
+        masked = masked & ~accepted
+    assert (found.made, found.held) == (3, 2)
+    assert (found.blocks, found.steps, found.thrown) == (1, 4, 0)
+
+
+def test_guessing_changes_no_token_and_counts_each_step(random_model: Backbone) -> None:
+    work = lambda: results.append(random_model.run(ours(picture(random_model, 256))))
+    results = []
+    work()
+    found = ahead.guesses(work)
+    plain, guessed = results
+    assert plain.ids == guessed.ids
+    assert (found.blocks, found.steps) == (plain.report.blocks, plain.report.steps)
+    assert 0 < found.made < found.steps and found.held <= found.made
+    host, network = ahead.host_seconds(work)
+    assert min(host, network) > 0 and results[-1].ids == plain.ids
+
+
+def test_what_fits_into_macs_is_as_the_page_says(tmp_path: Path) -> None:
+    made = [fitting.HEADER, *fitting.rows(hollow_checkpoint(tmp_path, DECODER["n_layers"]))]
+    told = (Path(__file__).parent.parent / "docs/performance.md").read_text().splitlines()
+    assert len(made) == 6 and [row for row in made if row not in told] == []

@@ -34,6 +34,8 @@ QUESTION = "How many shapes are there?"
 # The largest side, in pixels, that is drawn and shown unless another is asked for: minutes, not hours, on any Mac.
 LARGEST = 512
 ANSWER = 64  # tokens at most
+# Engines of the decoder, as a person reads them.
+NAMES = {"torch": "PyTorch", "mlx": "MLX", "mlx-8bit": "MLX with 8 bits"}
 # A stage runs up to so many times, as long as its runs together have taken less than this, in seconds.
 RUNS, PATIENCE = 3, 20.0
 
@@ -50,6 +52,7 @@ class Stage:
         steps: denoising steps, or network calls; None where a stage has none.
         step_seconds: the median time of one.
         positions: that went through the language model.
+        engine: what a decoder ran in; None for other stages.
         mlx_peak: the most bytes that MLX had in use at once, weights included; None where it takes no part.
         torch_peak: the same of PyTorch; on MPS, which counts no peak, the most that it had at the end of a step. None on a CPU.
     """
@@ -62,6 +65,7 @@ class Stage:
     steps: int | None = None
     step_seconds: float | None = None
     positions: int | None = None
+    engine: str | None = None
     mlx_peak: int | None = None
     torch_peak: int | None = None
 
@@ -115,6 +119,7 @@ def measure(
     name: str = "",
     on_step: OnStep = ignore,
     runs: int = RUNS,
+    engine: str = "torch",
 ) -> Figures:
     """Run every stage, the parts one after the other in memory: encode, draw and understand, decode, pixels.
 
@@ -126,6 +131,7 @@ def measure(
         name: of the model.
         on_step: called while it works; what it raises ends that.
         runs: how often a stage runs at most, see ``RUNS``.
+        engine: of the decoder, see ``engine.plan``.
 
     Raises:
         RequestError: the size has no size token.
@@ -144,7 +150,7 @@ def measure(
     seen = imaging.encode(side)
     drawn = _write(backbone, side, seen, on_step, runs, found.stages)
     backbone.unload()  # makes room for the decoder
-    imaging.pixels(imaging.decode(part, drawn, options))
+    imaging.pixels(imaging.decode(part, engine, drawn, options))
     found.process_peak = _process_peak()
     return found
 
@@ -180,7 +186,7 @@ def _of_language(name: str, what: str, took: list[float], loading: float | None,
 
 
 class _Imaging:
-    """The stages that run in PyTorch. Each loads its part, and lets it go."""
+    """The stages beside the language model. Each loads its part, and lets it go."""
 
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, on_step: OnStep, runs: int, stages: list[Stage]
@@ -201,14 +207,18 @@ class _Imaging:
             ),
         )
 
-    def decode(self, part: Part, grid: VQGrid, options: DecodeOptions) -> torch.Tensor:
-        """The latents of a grid."""
-        told = f"{part.value}, {options.steps} steps, guidance {options.guidance:g}, "
+    def decode(self, part: Part, engine: str, grid: VQGrid, options: DecodeOptions) -> torch.Tensor:
+        """The latents of a grid, by a decoder in an engine."""
+        from ..imaging.engine import plan
+
+        engine = plan(self.checkpoint, part, engine, [grid], options, self.device).engine
+        told = f"{part.value} in {NAMES[engine]}, {options.steps} steps, guidance {options.guidance:g}, "
         latents = self._run(
             "decode",
             part,
             lambda decoder, clock: decoder.sample([grid], options, clock),
             lambda latents: told + _pixels(latents),
+            engine,
         )
         stage, calls = self.stages[-1], options.network_calls
         stage.steps, stage.step_seconds = calls, stage.seconds / calls if calls else None
@@ -218,15 +228,32 @@ class _Imaging:
         """The picture of latents."""
         self._run("pixels", Part.VAE, lambda vae, clock: vae.decode(latents, clock), lambda _: _pixels(latents))
 
-    def _run(self, name: str, part: Part, work: Callable[[Any, Clock], T], told: Callable[[T], str]) -> T:
+    def _run(
+        self,
+        name: str,
+        part: Part,
+        work: Callable[[Any, Clock], T],
+        told: Callable[[T], str],
+        engine: str | None = None,
+    ) -> T:
+        import mlx.core as mx
+
         from ..imaging import load_part
 
-        loaded, loading = _timed(lambda: load_part(self.checkpoint, part, self.device, self.on_step))
+        in_mlx = engine not in (None, "torch")
+        load = lambda: load_part(self.checkpoint, part, self.device, self.on_step, engine or "torch")
+        loaded, loading = _timed(load)
         memory = _TorchMemory(self.device)
+        mx.reset_peak_memory()
         clock = Clock(self.on_step, memory.now)
         result, took = _repeated(lambda: work(loaded, clock), self.runs)
-        peak = memory.peak(clock)
-        self.stages.append(Stage(name, told(result), statistics.median(took), took, loading, torch_peak=peak))
+        stage = Stage(name, told(result), statistics.median(took), took, loading, engine=engine)
+        if in_mlx:
+            stage.mlx_peak = mx.get_peak_memory()
+            loaded.unload()
+        else:
+            stage.torch_peak = memory.peak(clock)
+        self.stages.append(stage)
         return result
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..backbone.network import LLaDA2
+    from ..imaging.decoder import LatentDecoder
 
 RECORD = BUILT_IN.parent / "parity.safetensors"
 PROMPT = "A large red circle in the top left and a small blue star in the bottom right, on a plain white background"
@@ -162,6 +163,9 @@ def _of_mlx(checkpoint: Checkpoint) -> Iterator[Check]:
     for tokens in (4, 96):  # few are multiplied as they come, many sorted by expert
         small, exact = backbone.run(_experts, tokens=tokens)
         yield in_bf16(where, f"256 experts in 4 bits, {tokens} tokens", typical(small, exact))
+    latent, type_name = _latent_of_mlx(checkpoint, codes)
+    check = in_float32 if type_name == "float32" else in_bf16
+    yield check(where, f"decoder's transformer, {type_name}", relative(latent, record["latent"]))
 
 
 def _of_torch(checkpoint: Checkpoint, device: torch.device | None) -> Iterator[Check]:
@@ -307,11 +311,32 @@ def _latent(checkpoint: Checkpoint, device: torch.device, codes: np.ndarray, who
     import torch
 
     from ..imaging import load_part
-    from ..imaging.flow import DecodeOptions
 
     decoder = load_part(checkpoint, Part.DECODER_TURBO, device)
     for module in (decoder.transformer, decoder.prior):
         torch.nn.Module.to(module, torch.float32 if whole else torch.bfloat16)  # diffusers' own warns of nothing
+    return _sampled(decoder, codes)
+
+
+def _latent_of_mlx(checkpoint: Checkpoint, codes: np.ndarray) -> tuple[np.ndarray, str]:
+    """The same with the transformer in MLX, in the type that it has there: "bf16" on Metal, "float32" on a CPU."""
+    import mlx.core as mx
+
+    from ..imaging import load_part
+    from ..imaging.decoder import MLX
+
+    decoder = load_part(checkpoint, Part.DECODER_TURBO, engine=MLX)
+    decoder.prior.float()
+    whole = decoder.transformer.x_pad_token.dtype == mx.float32
+    try:
+        return _sampled(decoder, codes), "float32" if whole else "bf16"
+    finally:
+        decoder.unload()
+
+
+def _sampled(decoder: LatentDecoder, codes: np.ndarray) -> np.ndarray:
+    from ..imaging.flow import DecodeOptions
+
     grid = VQGrid(codes, decoder.codebook_size)
     return decoder.sample([grid], DecodeOptions(steps=_STEPS, seed=_SEED))[0].cpu().numpy()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,21 @@ def test_every_stage_is_measured(found: tuple[dict, str]) -> None:
     assert min(draw["mlx_peak"], ask["mlx_peak"]) > figures["weight_bytes"]
     # three intervals, of which those that begin before time 0.5 are guided: shifted to 0, 1/13 and 1/4
     assert stages["decode"]["steps"] == 6
+    assert stages["decode"]["engine"] == "torch" and stages["decode"]["what"].startswith("decoder in PyTorch, 4 steps")
+    assert [stage["engine"] for stage in figures["stages"] if stage["name"] != "decode"] == [None] * 4
     assert figures["process_peak"] > 10**8
+
+
+def test_the_decoder_is_measured_in_the_engine_that_is_asked_for(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny(), tmp_path / "model"))
+    path = tmp_path / "figures.json"
+    with redirect_stdout(io.StringIO()) as printed:
+        words = ["--engine", "mlx-8bit", "--runs", "1", "--size", "256", "--decoder-steps", "3", "--json", str(path)]
+        assert cli.main(["bench", "--model", str(model), *words]) == 0
+    decode = json.loads(path.read_text())["stages"][3]
+    assert (decode["name"], decode["engine"], decode["torch_peak"]) == ("decode", "mlx-8bit", None)
+    assert decode["mlx_peak"] > 0 and "turbo decoder in MLX with 8 bits, 3 steps" in printed.getvalue()
+    assert (model / "decoder-turbo/mlx-8bit").is_dir()
 
 
 def test_what_is_reported_names_the_machine_and_no_folder(found: tuple[dict, str]) -> None:

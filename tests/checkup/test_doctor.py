@@ -59,6 +59,7 @@ def test_what_a_person_reads(
             "  parts: has backbone, VAE; lacks image tokenizer, decoder, turbo decoder\n",
             "  whole, precision: float32, ",
             "  MLX, cpu: drawing, float32: equal (64 of 64 equal)\n",
+            "  MLX, cpu: decoder's transformer, float32: equal (relative error ",
             "  PyTorch, cpu: VAE, float32: equal (relative error ",
         ):
             assert words in out

@@ -23,6 +23,7 @@ from llada2_mlx.checkup.parity import Check, Verdict, checks, of_mlx, of_torch, 
 CPU = torch.device("cpu")
 OF_MLX = [*(f"language model, {way}" for way in ("float32", "bf16", "8 bits", "4 bits")), "drawing, float32"]
 OF_TORCH = ["image tokenizer, float32", "decoder, float32", "decoder, bf16", "VAE, float32"]
+TRANSFORMER = "decoder's transformer, float32"
 KERNELS = ["256 experts in 4 bits, 4 tokens", "256 experts in 4 bits, 96 tokens"]
 
 
@@ -37,7 +38,7 @@ def those(found: dict[str, Verdict], verdict: Verdict) -> set[str]:
 def test_it_holds_here_and_the_record_is_of_the_built_in_model() -> None:
     """If the built-in model was changed on purpose: python -m llada2_mlx.checkup.parity."""
     found = {check.what: check for check in checks(CPU)}
-    assert set(found) == {*OF_MLX, *KERNELS, *OF_TORCH}
+    assert set(found) == {*OF_MLX, *KERNELS, TRANSFORMER, *OF_TORCH}
     assert {check.verdict for check in found.values()} == {Verdict.EQUAL}
     assert all(check.error < 1e-5 for name, check in found.items() if "float32" in name and check.error is not None)
     assert 1e-3 < found["decoder, bf16"].error and 1e-3 < found["language model, bf16"].error  # they did run in bf16
@@ -74,6 +75,11 @@ def test_other_numbers_of_mlx_are_found(tmp_path: Path) -> None:
     # few bits are compared with what their weights stand for
     wrong = {"language model, float32", "language model, bf16", "drawing, float32"}
     assert those(found, Verdict.WRONG) == wrong
+
+
+def test_other_numbers_of_the_transformer_in_mlx_are_found(tmp_path: Path) -> None:
+    found = verdicts(of_mlx(altered(tmp_path, decoder="layers.1.attention.to_v.weight")))
+    assert those(found, Verdict.WRONG) == {TRANSFORMER}
 
 
 def test_other_numbers_of_pytorch_are_found(tmp_path: Path) -> None:
@@ -136,7 +142,7 @@ def test_float32_with_10_bits_is_told_and_is_not_wrong(monkeypatch: pytest.Monke
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", rounding(mx.fast.scaled_dot_product_attention, 3))
     with TenBits():
         found = verdicts(checks(CPU))
-    assert those(found, Verdict.REDUCED) == {"language model, float32", "decoder, float32"}
+    assert those(found, Verdict.REDUCED) == {"language model, float32", TRANSFORMER, "decoder, float32"}
     assert not those(found, Verdict.WRONG)
 
 
