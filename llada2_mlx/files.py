@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]+\.partial")
 # what a disk answers that has no locks, as many on a network
 _NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 
@@ -23,6 +25,11 @@ def is_plain(name: str) -> bool:
     """Whether a name is a relative path that stays inside its folder, with nothing hidden on the way."""
     plain = name and not any(character in name for character in "\\:\0")
     return bool(plain) and all(name.split("/")) and not is_hidden(name)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is one that ``replacing`` gives: where nobody writes it, a killed program left it."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 @contextmanager

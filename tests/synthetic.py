@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from mlx.utils import tree_flatten
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llada2_mlx.backbone.network import LLaDA2
 from llada2_mlx.backbone.weights import published_names
 from llada2_mlx.checkpoint.config import BackboneConfig
+from llada2_mlx.checkpoint.layout import INDEX
 from llada2_mlx.shapes.training import export
 
 BACKBONE = BackboneConfig(
@@ -40,6 +43,7 @@ BACKBONE = BackboneConfig(
     first_k_dense_replace=1,
     image_token_offset=512,
 )
+EXPERT_FILES, OTHER_FILES = 6, 7  # of the published model
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,37 @@ def write_checkpoint(folder: Path, sizes: Sizes = Sizes(), seed: int = 0, dtype:
         write_decoder(folder / "decoder-turbo", sizes, dtype)
         write_vae(folder, sizes, dtype)
     return folder
+
+
+def write_strewn(folder: Path) -> Path:
+    """Write one with all its parts, its backbone in thirteen files as the published one; returns ``folder``."""
+    shutil.copytree(tiny(), folder)
+    write_backbone(folder, Sizes(replace(BACKBONE, num_hidden_layers=5)), torch.bfloat16)
+    split(folder, as_published(sorted(load_file(folder / "model.safetensors"))))
+    return folder
+
+
+def names_of(files: int) -> list[str]:
+    return [f"model-{number:05d}-of-{files:05d}.safetensors" for number in range(1, files + 1)]
+
+
+def split(folder: Path, files: dict[str, str]) -> None:
+    """Put a model's tensors, which are in one file, into the files that are named."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for file in set(files.values()):
+        save_file({name: weights[name] for name, own in files.items() if own == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+
+
+def as_published(names: list[str]) -> dict[str, str]:
+    """The published pattern: the experts in their order in six files, all else strewn over seven more, whatever its layer."""
+    shards = names_of(EXPERT_FILES + OTHER_FILES)
+    experts = [name for name in names if ".mlp.experts." in name]
+    others = [name for name in names if name not in experts]
+    cut = -(-len(experts) // EXPERT_FILES)
+    files = {name: shards[index // cut] for index, name in enumerate(experts)}
+    return files | {name: shards[EXPERT_FILES + 5 * index % OTHER_FILES] for index, name in enumerate(others)}
 
 
 def write_backbone(folder: Path, sizes: Sizes, dtype: torch.dtype) -> None:

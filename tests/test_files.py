@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from llada2_mlx.files import locked
+from llada2_mlx.files import is_temporary, locked, replacing
 
 
 class Stopped(Exception):
@@ -75,3 +75,9 @@ def test_a_lock_that_cannot_be_made(tmp_path: Path, waiting) -> None:
     (tmp_path / "lock").mkdir()
     with pytest.raises(OSError), locked(tmp_path / "lock", waiting):
         pass
+
+
+def test_what_is_being_written_is_known_by_its_name(tmp_path: Path) -> None:
+    with replacing(tmp_path / "file.partial") as partial:
+        assert is_temporary(partial.name) and not is_temporary("file.partial")
+        partial.touch()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -26,13 +25,12 @@ from ..checkpoint.config import BackboneConfig
 from ..checkpoint.hub import repo_of
 from ..checkpoint.layout import INDEX, TOLD, WEIGHTS, Checkpoint, Part, safetensors_header, visible
 from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import in_users_cache, locked, replacing, summed
+from ..files import in_users_cache, is_temporary, locked, replacing, summed
 from ..progress import Progress, amount
 from .precision import GROUP_SIZE, Quantization, build, check_block, is_router, quantization_of, scheme
 from .weights import Reader, check_backbone
 
 STATE = "conversion.json"  # in a copy: what it was made of, and how, and which files were made
-_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]+\.partial")  # what ``replacing`` calls a file that it writes
 README = "README.md"  # in a copy that stands alone
 WHOLE = 16  # bits that stand for bf16
 
@@ -161,7 +159,7 @@ def only_copies(checkpoint: Checkpoint, wanted: str = "another precision") -> st
 
 def require_place(copy: Path) -> None:
     """Refuse to replace a folder that is no copy, or has something in it that a conversion did not make."""
-    if copy.exists() and state_of(copy) is None:
+    if copy.exists() and state_of(copy) is None and not (copy.is_dir() and not any(copy.iterdir())):
         raise RequestError(
             f"{copy} is where the converted copy goes, but it holds something else. Rename or delete it."
         )
@@ -206,10 +204,10 @@ def begin(copy: Path, fits: Callable[[dict[str, Any]], bool]) -> Path:
     partial = copy.with_name(f".{copy.name}.partial")
     _require_own(partial)
     if partial.exists() and ((origin := _origin(partial)) is None or not fits(origin)):
-        shutil.rmtree(partial)
+        _remove(partial)
     partial.mkdir(exist_ok=True)
     for path in list(partial.iterdir()):
-        if _TEMPORARY.fullmatch(path.name):  # a killed run had begun it
+        if is_temporary(path.name):  # a killed run had begun it
             path.unlink()
     return partial
 
@@ -231,8 +229,18 @@ def finish(
                 shutil.copyfile(source, path)
     _require_own(copy, whole=True)
     if copy.exists():
-        shutil.rmtree(copy)
+        _remove(copy)
     partial.rename(copy)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a copy. What says that it is one goes last: killed before that, the next run still knows it as its own."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != STATE:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def add_parts(checkpoint: Checkpoint, copy: Path) -> Generator[Progress, None, None]:
@@ -247,20 +255,18 @@ def add_parts(checkpoint: Checkpoint, copy: Path) -> Generator[Progress, None, N
         LLaDA2Error: a file cannot be written; what is done is kept.
     """
     files = [path for part in Part if part is not Part.BACKBONE for path in checkpoint.files(part)]
-    for number, path in enumerate(files, 1):
-        target = copy / path.relative_to(checkpoint.root)
-        try:
+    with writing(copy), alone(copy):
+        for path in list(copy.rglob("*.partial")):
+            if is_temporary(path.name):  # a killed run had begun it
+                path.unlink()
+        for number, path in enumerate(files, 1):
+            target = copy / path.relative_to(checkpoint.root)
             target.parent.mkdir(exist_ok=True)
             if not target.exists():
                 with making(copy, target.relative_to(copy).as_posix()) as partial:
                     _link_or_copy(path.resolve(), partial)
-        except OSError as error:
-            raise _unwritten(target, error) from error
-        yield Progress("adding the other parts", number, len(files))
-    try:
+            yield Progress("adding the other parts", number, len(files))
         _describe(checkpoint, copy)
-    except OSError as error:
-        raise _unwritten(copy / README, error) from error
 
 
 def _describe(checkpoint: Checkpoint, copy: Path) -> None:
@@ -421,7 +427,7 @@ def _is_own(path: Path, folder: Path, made: dict[str, Any], whole: bool) -> bool
         return False
     if path.is_dir():
         return any(each.startswith(f"{name}/") for each in made)
-    if name == STATE or _TEMPORARY.fullmatch(path.name) or path.name == ".DS_Store":  # macOS leaves it where it looked
+    if name == STATE or is_temporary(path.name) or path.name == ".DS_Store":  # macOS leaves it where it looked
         return True
     if name not in made:
         return False

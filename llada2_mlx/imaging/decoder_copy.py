@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Generator
 from math import prod
@@ -23,7 +22,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors, safetensors_header
 from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import in_users_cache, locked, replacing, summed
+from ..files import in_users_cache, is_temporary, locked, replacing, summed
 from ..progress import Progress, amount
 from ..worker import on_cpu
 from .decoder import EMBEDDER, stored
@@ -34,7 +33,6 @@ BITS, GROUP_SIZES = 8, (64, 32)
 STATE = "conversion.json"  # in a copy: what it was made of and how; ``whole`` once all of it is there
 STORED = ("BF16", "F16", "F32")
 _TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32}
-_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]+\.partial")  # what ``replacing`` calls a file that it writes
 
 Block = dict[str, Any]  # ``bits`` and ``group_size``, and by module path what differs (False: nothing)
 
@@ -182,7 +180,9 @@ def convert_decoder(folder: Path, copy: Path) -> Generator[Progress, None, Path]
     if block_of(folder) is not None:
         raise RequestError(f"The decoder in {folder} has {BITS} bits already; convert the model that it was made of.")
     block, tensors = _copied(folder)
-    if copy.exists() and (not copy.is_dir() or (_state(copy) is None and any(copy.iterdir()))):
+    if copy.exists() and not (
+        copy.is_dir() and (_state(copy) or all(is_temporary(path.name) for path in copy.iterdir()))
+    ):
         raise RequestError(
             f"{copy} is where the converted copy goes, but it holds something else. Rename or delete it."
         )
@@ -194,7 +194,7 @@ def convert_decoder(folder: Path, copy: Path) -> Generator[Progress, None, Path]
             copy.mkdir(exist_ok=True)
             _write(copy / STATE, _wanted(folder) | {"whole": False})
             for path in [*copy.iterdir()]:  # of a run that was killed, or of a source that was replaced
-                if _TEMPORARY.fullmatch(path.name) or path.suffix == ".safetensors" or path.name == "config.json":
+                if is_temporary(path.name) or path.suffix == ".safetensors" or path.name == "config.json":
                     path.unlink()
             _require_room(copy, sum(map(_bytes, tensors.values())))
             with replacing(copy / source.name) as partial:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import mlx.core as mx
@@ -41,10 +44,10 @@ def converted(source: Checkpoint, copy: Path, bits: int, on_step=ignore, **optio
     return MLXWorker().drive(convert(source, copy, bits, **options), on_step)
 
 
-def change(source: Checkpoint) -> None:
+def change(source: Checkpoint, to: str = "yes") -> None:
     """Make the source another one: a header that says something else."""
     path = source.root / "model.safetensors"
-    save_file(load_file(path), path, {"changed": "yes"})
+    save_file(load_file(path), path, {"changed": to})
 
 
 def hidden_states(network, ids):
@@ -560,6 +563,51 @@ def test_a_copy_with_its_parts_can_be_replaced(source: Checkpoint) -> None:
     change(source)
     Backbone(source, "8bit").load()
     assert is_current(copy, source, 8)
+
+
+class Killed(BaseException):
+    """What ends a program at once, but in this process."""
+
+
+def test_killed_anywhere_while_an_older_copy_is_removed_the_next_run_is_right(
+    source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, remove, removed = own_copy(source, 4), {name: getattr(os, name) for name in ("unlink", "rmdir")}, 0
+    converted(source, copy, 4)
+    for last in count(1):
+        change(source, str(last))
+        removed = 0
+
+        def counted(name: str, path, last: int = last, **options) -> None:
+            nonlocal removed
+            # in the copy itself, whose files are removed by names that are relative to it too
+            removed += os.fspath(path) == str(copy) or os.path.dirname(path) in ("", str(copy))
+            if removed == last:
+                raise Killed
+            remove[name](path, **options)
+
+        with monkeypatch.context() as patch:
+            for name in remove:
+                patch.setattr(os, name, partial(counted, name))
+            try:
+                converted(source, copy, 4, replace=True)
+            except Killed:
+                pass
+        killed = removed >= last
+        converted(source, copy, 4, replace=True)
+        assert is_current(copy, source, 4) and not list(copy.parent.glob(".mlx-*"))
+        if not killed:
+            break
+    assert last > len(list(copy.iterdir()))
+
+
+def test_what_a_killed_run_had_begun_of_the_other_parts_is_removed(source: Checkpoint, tmp_path: Path) -> None:
+    call = ["convert", str(source.root), str(tmp_path / "copy"), "--bits", "4"]
+    assert cli.main(call) == 0
+    for folder in (tmp_path / "copy", tmp_path / "copy/vae"):
+        (folder / ".123-abc.partial").write_bytes(b"half a file")
+    assert cli.main(call) == 0
+    assert not list((tmp_path / "copy").rglob("*.partial"))
 
 
 def test_a_copy_says_how_it_was_made(source: Checkpoint, tmp_path: Path) -> None:

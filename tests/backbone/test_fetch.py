@@ -16,7 +16,7 @@ import pytest
 import torch
 from hub_server import Hub, environment, serving, talk_to
 from safetensors.torch import load_file, save_file
-from synthetic import BACKBONE, Sizes, tiny, write_backbone
+from synthetic import BACKBONE, Sizes, names_of, split, tiny, write_backbone, write_strewn
 
 from llada2_mlx import cli, tasks
 from llada2_mlx.backbone import fetch
@@ -29,39 +29,11 @@ from llada2_mlx.errors import CheckpointError, LLaDA2Error, RequestError
 from llada2_mlx.progress import Progress, ignore
 from llada2_mlx.worker import MLXWorker
 
-EXPERT_FILES, OTHER_FILES = 6, 7
-
-
-def names_of(files: int) -> list[str]:
-    return [f"model-{number:05d}-of-{files:05d}.safetensors" for number in range(1, files + 1)]
-
-
-def split(folder: Path, files: dict[str, str]) -> None:
-    """Put a model's tensors, which are in one file, into the files that are named."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    for file in set(files.values()):
-        save_file({name: weights[name] for name, own in files.items() if own == file}, folder / file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
-
-
-def as_published(names: list[str]) -> dict[str, str]:
-    """The published pattern: the experts in their order in six files, all else strewn over seven more, whatever its layer."""
-    shards = names_of(EXPERT_FILES + OTHER_FILES)
-    experts = [name for name in names if ".mlp.experts." in name]
-    others = [name for name in names if name not in experts]
-    cut = -(-len(experts) // EXPERT_FILES)
-    files = {name: shards[index // cut] for index, name in enumerate(experts)}
-    return files | {name: shards[EXPERT_FILES + 5 * index % OTHER_FILES] for index, name in enumerate(others)}
-
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with all its parts, in thirteen files as the published one."""
-    folder = Path(shutil.copytree(tiny(), tmp_path_factory.mktemp("hub") / "model"))
-    write_backbone(folder, Sizes(replace(BACKBONE, num_hidden_layers=5)), torch.bfloat16)
-    split(folder, as_published(sorted(load_file(folder / "model.safetensors"))))
-    return folder
+    return write_strewn(tmp_path_factory.mktemp("hub") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -174,6 +174,14 @@ def test_what_no_conversion_made_is_left_alone(folder: Path, worker: MLXWorker) 
     assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
 
 
+def test_killed_before_a_copy_says_what_it_is_it_is_made(folder: Path, worker: MLXWorker) -> None:
+    begun = own_copy(folder) / ".123-abc.partial"
+    begun.parent.mkdir()
+    begun.write_text("{")
+    worker.drive(convert_decoder(folder, own_copy(folder)))
+    assert is_current(own_copy(folder), folder) and not begun.exists()
+
+
 def test_two_programs_do_not_write_one_copy(folder: Path, worker: MLXWorker) -> None:
     with locked(folder / ".mlx-8bit.lock"), pytest.raises(LLaDA2Error, match="being written by another program"):
         worker.drive(convert_decoder(folder, own_copy(folder)))
