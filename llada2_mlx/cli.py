@@ -19,7 +19,7 @@ from .checkpoint.hub import is_id
 from .checkpoint.layout import BUILT_IN, COMPLETE, HUB_MODEL, TOLD, Checkpoint, Part, resolve
 from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
-from .files import replacing
+from .files import is_temporary, replacing
 from .progress import OnStep, Progress
 from .vq import GridSet, Pictures, VQGrid, grids_of, picture_seed
 
@@ -559,14 +559,14 @@ def _name(given: str) -> str:
 
 
 def _open(path: str) -> Image.Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         image = ImageOps.exif_transpose(Image.open(path))  # a phone's upright picture lies on its side
         image.load()
     except FileNotFoundError:
         raise RequestError(f"There is no picture {path}.") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file, Pillow raises whatever its readers raise
         raise RequestError(f"{path} cannot be read as a picture ({error}).") from None
     return image
 
@@ -590,7 +590,7 @@ def _empty_folder(path: str) -> Path:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"The output {path} is a file, not a folder. Choose another name.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(is_temporary(entry.name) for entry in folder.iterdir()):
         raise RequestError(f"The folder {path} is not empty. Choose a new one, or empty it; nothing in it is replaced.")
     parent = folder if folder.is_dir() else folder.absolute().parent
     if not parent.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -234,6 +235,14 @@ def test_a_story_replaces_nothing(run) -> None:
     assert [path.name for path in Path("story").iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_in_which_a_story_was_killed_at_its_first_file_is_empty(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    story_of(monkeypatch)
+    Path("story").mkdir()
+    Path("story/.123-abc.partial").write_text("half a picture")
+    assert run(*STORY)[0] == 0
+    assert Path("story/index.html").exists()
+
+
 def test_a_model_that_tells_nothing_leaves_nothing(run) -> None:
     """The built-in model has not learned to tell stories."""
     status, _, err = run("story", "a red circle", "--text-length", "64", "--model", str(BUILT_IN))
@@ -393,6 +402,17 @@ def test_what_cannot_be_done_is_one_line(run, words: tuple[str, ...], message: s
     status, _, err = run(*words)
     assert status == 1 and err.startswith("llada2-mlx: ") and message in err and err.count("\n") == 1
     assert sorted(path.name for path in Path().iterdir()) == ["text.png"]
+
+
+def test_a_picture_whose_chunk_ends_too_soon_is_refused_in_words(run) -> None:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "PNG")
+    content = file.getvalue()
+    at = content.index(b"IDAT") - 4
+    length = int.from_bytes(content[at : at + 4], "big")
+    Path("damaged.png").write_bytes(content[:at] + (length // 2).to_bytes(4, "big") + content[at + 4 :])
+    status, _, err = run("encode", "damaged.png")
+    assert status == 1 and "damaged.png cannot be read as a picture (broken PNG file" in err and err.count("\n") == 1
 
 
 def test_the_process_ends_well(tmp_path: Path) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 
+# A network with larger numbers than these cannot be, and to build it takes for ever, or all memory.
+_LAYERS = ("num_hidden_layers", "n_layers", "n_refiner_layers", "depth", "layers_per_block", "num_res_blocks")
+_MOST = dict.fromkeys(_LAYERS, 512) | dict.fromkeys(("num_experts", "num_shared_experts"), 4096) | {"axes_lens": 2**20}
+_MOST_OF_OTHERS = 2**30
 PRECISIONS = ("auto", "float32", "bf16", "8bit", "6bit", "4bit")  # to choose from, see ``precision``
 
 
@@ -83,6 +88,7 @@ class BackboneConfig:
         for name, supported in unsupported.items():
             if values.get(name, supported) != supported:
                 raise CheckpointError(f"config.json has {name} = {values[name]!r}; only {supported!r} is supported.")
+        require_possible(values, "config.json")
         config = cls(**{f.name: _number(f.name, values[f.name], f.type) for f in fields(cls)})
         config._check()
         return config
@@ -114,6 +120,22 @@ class BackboneConfig:
         ):
             if not holds:
                 raise CheckpointError(f"config.json describes no network: {what}.")
+
+
+def require_possible(stated: Any, where: str | Path, name: str = "") -> None:
+    """Check before a network is built that it is not larger than any can be.
+
+    Args:
+        stated: of a config, or one value of it, which is called ``name``; what is in it is checked too.
+
+    Raises:
+        CheckpointError: a number is too large.
+    """
+    if isinstance(stated, (dict, list)):
+        for key, value in stated.items() if isinstance(stated, dict) else ((name, value) for value in stated):
+            require_possible(value, where, key)
+    elif isinstance(stated, int) and abs(stated) > (most := _MOST.get(name, _MOST_OF_OTHERS)):
+        raise CheckpointError(f"{where} has {name} = {stated:.6g}; no network has more than {most}.")
 
 
 def _number(name: str, value: Any, kind: str) -> int | float:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import safe_open
 
+from ..checkpoint.config import require_possible
 from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, safetensors_header
 from ..errors import CheckpointError, RequestError
@@ -128,5 +129,11 @@ def build(make: Callable[[], T], config: Path) -> T:
 
 
 def read_config(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
-    """A diffusers config without the keys that are the library's own."""
-    return {key: value for key, value in checkpoint.json(f"{folder}/config.json").items() if not key.startswith("_")}
+    """A diffusers config without the keys that are the library's own.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of a network that cannot be.
+    """
+    stated = checkpoint.json(name := f"{folder}/config.json")
+    require_possible(stated, checkpoint.root / name)
+    return {key: value for key, value in stated.items() if not key.startswith("_")}

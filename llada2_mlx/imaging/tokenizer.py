@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ..checkpoint.codebook import origin
+from ..checkpoint.config import require_possible
 from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, Part
 from ..errors import CheckpointError
@@ -41,6 +42,7 @@ class ImageTokenizer:
         self.image_sizes, self.origin = checkpoint.image_sizes, origin(checkpoint)
         name = "image_tokenizer/config.json"
         config = checkpoint.json(name)
+        require_possible(config, checkpoint.root / name)
         vision, quantiser = (config.get(key) for key in ("vision_config", "vq_config"))
         if not isinstance(vision, dict) or not isinstance(quantiser, dict):
             raise CheckpointError(

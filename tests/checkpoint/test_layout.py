@@ -266,6 +266,10 @@ def test_a_config_that_is_none(folder: Path, content: str) -> None:
         ({"image_token_offset": 10_000}, "image_token_offset has to be inside the vocabulary"),
         ({"rope_parameters": [1]}, "rope_parameters = .* an object is needed"),
         ({"num_hidden_layers": 4}, "missing: model.layers.3"),
+        # would take for ever to build
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers = 2.14748e.09; no network has more than 512"),
+        ({"num_experts": 2**20}, "num_experts = 1.04858e.06; no network has more than 4096"),
+        ({"vocab_size": 2**40}, "vocab_size = .*; no network has more than 1073741824"),
     ],
 )
 def test_a_config_that_does_not_fit(folder: Path, change: dict, message: str) -> None:
@@ -333,6 +337,11 @@ def test_weights_of_another_type_are_refused(folder: Path) -> None:
     ("vae/config.json", Part.VAE, {"scaling_factor": "big"}),
     ("vae/config.json", Part.VAE, {"block_out_channels": [3]}),
     ("vae/config.json", Part.VAE, {"shift_factor": "null"}),
+    # would take for ever to build, or all memory
+    ("image_tokenizer/config.json", Part.IMAGE_TOKENIZER, {"vision_config": {"depth": 2**31}}),
+    ("decoder/config.json", Part.DECODER, {"n_layers": 2**31}),
+    ("decoder/config.json", Part.DECODER, {"axes_lens": [2**40, 512, 512]}),
+    ("vae/config.json", Part.VAE, {"layers_per_block": 2**31}),
 ])  # fmt: skip
 def test_configs_of_the_image_parts_that_do_not_fit(folder: Path, name: str, part: Part, change: dict) -> None:
     rewrite_json(folder / name, **change)
