@@ -14,7 +14,7 @@ COMFYUI_VERSION ?= v0.33.0
 # Test files that run at the same time. Each of the processes may start a ComfyUI and read models: 4 GB of memory each.
 JOBS ?= 2
 
-.PHONY: demo test test-lowest browser comfyui shapes evaluate benchmarks lint validate check-tag clean
+.PHONY: demo test test-lowest browser comfyui shapes evaluate benchmarks fuzz kills soak lint validate check-tag clean
 
 demo: $(VENV)/.ready
 	$(BIN)/llada2-mlx demo demo
@@ -45,6 +45,19 @@ evaluate: $(VENV)/.ready
 # How fast generation is on a random model; more with ARGS, such as ARGS="--only 512 --json figures.json".
 benchmarks: $(VENV)/.ready
 	cd tests && ../$(BIN)/python -m benchmarks $(ARGS)
+
+# Inputs that nobody would think of, from a seed: make fuzz COUNT=100000 ARGS="--seed 7 --only configs" runs for hours.
+COUNT ?= 1000
+fuzz: $(VENV)/.ready
+	cd tests && ../$(BIN)/python -m fuzz --count $(COUNT) $(ARGS)
+
+# Programs that are killed at random points, and whether the next run is right.
+kills: $(VENV)/.ready
+	cd tests && ../$(BIN)/python -m reliability $(ARGS)
+
+# Hundreds of prompts on a real ComfyUI, with cancels, freed memory and replaced files in between.
+soak: $(VENV)/.ready
+	$(BIN)/python tests/comfyui/soak.py $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet ruff

@@ -8,7 +8,6 @@ temporary base directory into which the pack is linked.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import demonstration
 import pytest
-from client import PACK, ROOT, Comfy, serve
+from client import PACK, ROOT, Comfy, installed, serve
 
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
@@ -59,13 +58,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> demonstration.Demo:
 @pytest.fixture(scope="session")
 def comfyui() -> tuple[Path, Path]:
     """ComfyUI's folder and its Python."""
-    folder = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser().absolute()
-    if not (folder / "main.py").exists():
-        pytest.skip(f"no ComfyUI at {folder}; set COMFYUI_PATH to run these tests")
-    candidates = [os.environ.get("COMFYUI_PYTHON"), folder / "venv/bin/python", folder / ".venv/bin/python"]
-    python = next((Path(path) for path in candidates if path and Path(path).exists()), None)
-    if python is None:
-        pytest.skip(f"no Python environment in {folder}; set COMFYUI_PYTHON to run these tests")
+    if (found := installed()) is None:
+        pytest.skip("no ComfyUI with a Python of its own was found; set COMFYUI_PATH and COMFYUI_PYTHON to run these tests")
+    folder, python = found
     ready = subprocess.run(
         [python, "-c", "import mlx.core, mlx_lm, transformers, diffusers, einops, torchdiffeq"],
         capture_output=True,

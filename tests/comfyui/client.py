@@ -37,6 +37,14 @@ WIDGETS = (
 )  # kinds that are no sockets; a list of choices is one too
 
 
+def installed() -> tuple[Path, Path] | None:
+    """ComfyUI's folder and its Python, as the environment says or where they usually are; None where there is none."""
+    folder = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser().absolute()
+    candidates = [os.environ.get("COMFYUI_PYTHON"), folder / "venv/bin/python", folder / ".venv/bin/python"]
+    python = next((Path(path) for path in candidates if path and Path(path).exists()), None)
+    return (folder, python) if python and (folder / "main.py").exists() else None
+
+
 @dataclass
 class Run:
     """What the server said about one prompt."""
@@ -55,8 +63,8 @@ class Run:
 class Comfy:
     """A client of one server."""
 
-    def __init__(self, port: int, base: Path, log: Path):
-        self.address, self.base, self.log_path = f"127.0.0.1:{port}", base, log
+    def __init__(self, port: int, base: Path, log: Path, process: subprocess.Popen):
+        self.address, self.base, self.log_path, self.process = f"127.0.0.1:{port}", base, log, process
         self.client_id = uuid.uuid4().hex
 
     def get(self, path: str) -> Any:
@@ -156,7 +164,7 @@ class Comfy:
         return [
             self.base / image["type"] / image["subfolder"] / image["filename"]
             for output in run.outputs.values()
-            for image in output.get("images", [])
+            for image in (output or {}).get("images", [])
         ]
 
 
@@ -249,7 +257,7 @@ def serve(folder: Path, python: Path, base: Path, *options: str | Path, **enviro
         process = subprocess.Popen(
             command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
         )
-    client = Comfy(port, base, log)
+    client = Comfy(port, base, log, process)
     try:
         for _ in range(2 * START_TIMEOUT):
             try:

@@ -470,7 +470,7 @@ def test_a_warning_goes_when_it_no_longer_holds(comfy: Comfy, unique: str) -> No
 
 def test_texts_go_to_the_client_of_the_prompt_alone(comfy: Comfy, unique: str) -> None:
     prompt = workflow("text_to_image", **{"2": {"prompt": unique, "width": 512, "steps": 1}})
-    onlooker = Comfy(int(comfy.address.partition(":")[2]), comfy.base, comfy.log_path)
+    onlooker = Comfy(int(comfy.address.partition(":")[2]), comfy.base, comfy.log_path, comfy.process)
     texts = []
 
     def queue(kind: str, data: dict) -> None:
