@@ -1,6 +1,6 @@
 """Hundreds of prompts of all templates on a real ComfyUI, with cancels, freed memory, switched and replaced models in between.
 
-``python tests/comfyui/soak.py`` prints a line for each prompt, then a report; it fails where a result was wrong, memory
+``make soak`` prints a line for each prompt, then a report; it fails where a result was wrong, memory
 grew, or something was left behind. The random choices are those of ``--seed``.
 
 Right means: a template that is queued again gives the same pixels and texts as the first time, whatever happened in
