@@ -155,11 +155,11 @@ class Downloading(Work):
             command("download", HUB_MODEL, *self.options)
 
     def made(self, folder: Path) -> Any:
-        """The model's folder, links followed; and what lies beside, without the client's own locks."""
+        """The model's folder, links followed; and what lies beside, without the client's own locks and hidden half links."""
         return {
             "/".join(path.relative_to(folder).parts[2:]): path.read_bytes()
             for path in folder.rglob("*")
-            if path.is_file() and ".locks" not in path.parts
+            if path.is_file() and ".locks" not in path.parts and not is_temporary(path.name)
         }
 
     def at_the_end(self, folder: Path) -> None:
