@@ -57,7 +57,7 @@ kills: $(VENV)/.ready
 
 # Hundreds of prompts on a real ComfyUI, with cancels, freed memory and replaced files in between.
 soak: $(VENV)/.ready
-	$(BIN)/python tests/comfyui/soak.py $(ARGS)
+	PYTHONPATH=tests $(BIN)/python tests/comfyui/soak.py $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet ruff

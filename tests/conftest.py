@@ -59,7 +59,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> demonstration.Demo:
 def comfyui() -> tuple[Path, Path]:
     """ComfyUI's folder and its Python."""
     if (found := installed()) is None:
-        pytest.skip("no ComfyUI with a Python of its own was found; COMFYUI_PATH and COMFYUI_PYTHON say where they are")
+        pytest.skip(
+            "no ComfyUI with a Python of its own was found; set COMFYUI_PATH and COMFYUI_PYTHON to run these tests"
+        )
     folder, python = found
     ready = subprocess.run(
         [python, "-c", "import mlx.core, mlx_lm, transformers, diffusers, einops, torchdiffeq"],

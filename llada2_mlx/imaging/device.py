@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from ..checkpoint.config import require_possible
 from ..checkpoint.hub import again
-from ..checkpoint.layout import Checkpoint, safetensors_header
+from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors, safetensors_header
 from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
 
@@ -108,6 +108,9 @@ def load_module(module: torch.nn.Module, tensors: dict[str, torch.Tensor], where
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
     """
+    # PyTorch would name every tensor that is missing, thousands where a config has a layer too many
+    found = {name: TensorInfo(where, tuple(tensor.shape), "") for name, tensor in tensors.items()}
+    check_tensors(found, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, where)
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:

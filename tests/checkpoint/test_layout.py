@@ -350,6 +350,14 @@ def test_configs_of_the_image_parts_that_do_not_fit(folder: Path, name: str, par
     assert str(folder / Path(name).parent) in str(error.value)
 
 
+def test_of_many_missing_tensors_a_few_are_named(folder: Path) -> None:
+    config = json.loads((folder / "image_tokenizer/config.json").read_text())
+    rewrite_json(folder / "image_tokenizer/config.json", vision_config=config["vision_config"] | {"depth": 40})
+    with pytest.raises(CheckpointError, match="missing: .* more") as error:
+        load_part(Checkpoint(folder), Part.IMAGE_TOKENIZER)
+    assert len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize("weight_map", [[], "all", {"lm_head.weight": 1}])
 def test_an_index_that_is_none(folder: Path, weight_map) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
