@@ -38,9 +38,10 @@ test-lowest: $(LOWEST)/.ready
 shapes: $(VENV)/.ready
 	$(BIN)/python -m llada2_mlx.shapes.training
 
-# The table of what the built-in model can do.
+# The tables of what the built-in model can do.
 evaluate: $(VENV)/.ready
 	$(BIN)/python -m llada2_mlx.shapes.measures
+	$(BIN)/python -m llada2_mlx.shapes.measures --further
 
 # How fast generation is on a random model; more with ARGS, such as ARGS="--only 512 --json figures.json".
 benchmarks: $(VENV)/.ready

@@ -274,7 +274,7 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> Non
 
 
 def further_table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> None:
-    """Tell the measures of what is learned further, on its way: the built-in weights do not know it yet."""
+    """Tell the measures of what was learned after that."""
     count = lambda full: max(1, round(full * scale))
     _tell(
         say,
@@ -305,7 +305,11 @@ def main() -> None:
     parser.add_argument(
         "--keep-ratio", type=float, help="draw and answer with SPRINT, which keeps this much of the prefix"
     )
-    parser.add_argument("--further", action="store_true", help="what is learned further, in place of the table")
+    parser.add_argument(
+        "--further",
+        action="store_true",
+        help="plans, several pictures, stories and redrawing, in place of the first table",
+    )
     parser.add_argument("--engine", choices=("torch", "mlx", "mlx-8bit"), default="torch", help="of the decoders")
     arguments = parser.parse_args()
     sprint = None if arguments.keep_ratio is None else Sprint(arguments.keep_ratio)

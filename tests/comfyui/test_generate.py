@@ -6,9 +6,11 @@ import json
 
 import pytest
 from client import Comfy, failed, ran, told, workflow
+from layouts import DRAWN, layout_of
 from PIL import Image
 
 from llada2_mlx.shapes.detector import read
+from llada2_mlx.shapes.grammar import read_plan
 
 THINKING = {"mode": "thinking", "mode.steps": 8, "mode.length": 128, "mode.temperature": 0.0}
 SPRINT = {
@@ -73,9 +75,15 @@ def test_confidence_has_the_size_of_the_picture(comfy: Comfy, unique: str) -> No
 
 
 def test_a_plan_that_begins_no_picture_is_a_sentence(comfy: Comfy, unique: str) -> None:
-    """The built-in model has not learned to think."""
-    run = comfy.run(workflow("text_to_image", **{"2": {"prompt": unique, **THINKING}}))
-    assert "without beginning a picture" in failed(run, "2") or "Raise the length of thinking" in failed(run, "2")
+    run = comfy.run(workflow("text_to_image", **{"2": {"prompt": unique, **THINKING, "mode.length": 2}}))
+    said = failed(run, "2")
+    assert "The model thought for 2 tokens and began no picture" in said and "Raise the length of thinking" in said
+
+
+def test_the_shipped_plan_is_what_the_picture_shows(comfy: Comfy) -> None:
+    run = ran(comfy.run(workflow("text_to_image_thinking")))
+    (plan,), (path,) = run.outputs["5"]["text"], comfy.images(run)
+    assert layout_of(path) == DRAWN == read_plan(plan)
 
 
 def test_a_plan_is_an_output_and_grows(comfy: Comfy) -> None:

@@ -1,4 +1,4 @@
-"""LLaDA2 Story in a real ComfyUI: on a model that tells a story known here, and on models that have not learned to."""
+"""LLaDA2 Story in a real ComfyUI: on a model that tells a story known here, on Shapes, and on a model of random weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from client import Comfy, Run, failed, ran, told, workflow
+from layouts import CIRCLE, DRAWN, layout_of
 from PIL import Image
 from storyteller import SIZES, TEXTS, codes, write_storyteller
 
 from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.imaging.look import look, palette
+from llada2_mlx.shapes.world import Colour, Kind, Place
 from llada2_mlx.vq import VQGrid
 
 ONE_BY_ONE = {"block_length": 1, "steps": 1, "text_steps": 1}
@@ -113,9 +115,24 @@ def test_a_story_without_a_picture_runs_nothing_behind_it(comfy: Comfy, storytel
     assert "before a picture of 320 x 256 pixels (80 codes): the limit is 64 codes" in told(run, "2")
 
 
-@pytest.mark.parametrize("model", ["golden", "Shapes (built in)"])
-def test_a_model_that_has_not_learned_it_ends_in_a_sentence_or_a_story(comfy: Comfy, model: str) -> None:
-    run = comfy.run(story(model, text_length=96, text_steps=8, pictures=2))
+def test_the_shipped_story_has_the_texts_and_pictures_that_its_prompt_asks_for(comfy: Comfy) -> None:
+    run = ran(comfy.run(workflow("tell_a_story")))
+    ring = (Kind.RING, Colour.GREEN, Place.TOP_RIGHT)
+    assert [layout_of(path) for path in comfy.images(run)] == [
+        DRAWN,
+        {*DRAWN, ring},
+        {CIRCLE, ring, (Kind.STAR, Colour.YELLOW, Place.BOTTOM_RIGHT)},
+    ]
+    (markdown,) = shown(run, "5")
+    assert [text for text in markdown.split("\n\n") if not text.startswith("!")] == [
+        "A red circle in the top left and a blue star in the bottom right.",
+        "A green ring comes to the top right.",
+        "The star turns yellow.",
+    ]
+
+
+def test_a_model_that_has_not_learned_it_ends_in_a_sentence_or_a_story(comfy: Comfy) -> None:
+    run = comfy.run(story("golden", text_length=96, text_steps=8, pictures=2))
     if run.error:
         assert "The model told neither text nor a picture." in failed(run, "2")
         assert run.error["exception_type"].endswith("RequestError")

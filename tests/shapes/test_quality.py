@@ -19,6 +19,7 @@ from llada2_mlx.shapes import gallery, measures
 from llada2_mlx.shapes.detector import read
 from llada2_mlx.shapes.studio import Studio
 from llada2_mlx.shapes.world import SUMMARY, Background, Colour, Kind, Pattern, Place, Tone, draw, scenes
+from llada2_mlx.tasks import Seeing
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,33 @@ def test_it_edits_what_the_gallery_shows(demo: Demo) -> None:
     )
     found = [read(demo.picture(instruction)) for _, instruction in gallery.EDITS]
     assert sum(scene is not None and (scene.layout(), scene.background) == e for scene, e in zip(found, expected)) >= 3
+
+
+def test_it_plans_before_it_draws(studio: Studio) -> None:
+    shares = measures.thinking(studio, 6).shares
+    assert shares["plan"] >= 0.6 and shares["picture"] >= 0.6
+
+
+def test_it_draws_without_being_told_where(studio: Studio) -> None:
+    assert measures.without_a_place(studio, 10).share >= 0.7
+
+
+def test_it_answers_about_two_pictures(studio: Studio) -> None:
+    assert measures.answers_about_two(studio, 20).share >= 0.5
+
+
+def test_it_takes_something_from_another_picture(studio: Studio) -> None:
+    assert measures.borrowed(studio, 9).share >= 0.3
+
+
+def test_it_tells_stories(studio: Studio) -> None:
+    score = measures.stories(studio, 4)
+    assert score.shares["picture 1"] >= 0.5 and score.share >= 0.4
+
+
+@pytest.mark.parametrize("seeing", list(Seeing))
+def test_it_redraws_a_part(studio: Studio, seeing: Seeing) -> None:
+    assert measures.repainted(studio, 8, seeing).share >= 0.5
 
 
 def test_pictures_survive_being_codes(studio: Studio) -> None:

@@ -82,6 +82,18 @@ MOSTLY_STORIES = (  # and edits, which have to be as good again as before
     *("draw", "edit", "borrow", "two", "edit", "story", "plan", "edit", "two small", "redraw before", "story on"),
     *("edit", "free", "borrow", "story", "ask", "edit", "story begin", "two", "ask small"),
 )
+MOSTLY_STORY_WORDS = (  # which are what stories fail by, and edits
+    *("edit", "story", "borrow", "edit", "story words", "two", "edit", "story on", "story words", "edit", "plan"),
+    *("story", "edit", "story words", "borrow", "edit", "draw", "story words", "two", "edit", "story", "borrow"),
+    *("edit", "story words", "redraw", "edit", "two small", "story on", "story words", "edit", "free", "story"),
+    *("ask", "edit", "story words", "borrow", "edit", "story begin", "two", "story words", "edit", "story"),
+    *("ask small", "redraw before", "edit", "story words"),
+)
+ALL_OF_IT = (  # questions first, which had become a little worse
+    *("ask", "edit", "story on", "ask", "borrow", "edit", "ask small", "story", "two", "ask", "edit", "draw"),
+    *("ask", "borrow", "edit", "story on", "ask", "two", "edit", "plan", "ask", "story", "edit", "redraw"),
+    *("ask", "story words", "edit", "free", "ask", "borrow", "ask small", "story begin", "edit", "redraw before"),
+)
 MOSTLY_EDITS = ("edit", "ask", "edit", "edit", "draw", "edit", "edit", "ask", "edit", "edit")
 
 STAGES = {
@@ -123,6 +135,10 @@ FURTHER = {
     "backbone-eighth": Stage(
         Schedule(steps=1500, rate=1e-3, warmup=100, average=0.998), {0: MOSTLY_STORIES}, scrambled=0.3
     ),
+    "backbone-ninth": Stage(
+        Schedule(steps=3000, rate=9e-4, warmup=100, average=0.998), {0: MOSTLY_STORY_WORDS}, scrambled=0.3
+    ),
+    "backbone-tenth": Stage(Schedule(steps=1000, rate=6e-4, warmup=50, average=0.996), {0: ALL_OF_IT}, scrambled=0.3),
 }
 
 

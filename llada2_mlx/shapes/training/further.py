@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 
 from ... import prompts
 from ...backbone.guidance import Guidance
@@ -64,6 +65,7 @@ SIZES = {
     "two small": 8,
     "borrow": 6,
     "story": 5,
+    "story words": 6,
     "story begin": 8,
     "story on": 3,
     "redraw": 7,
@@ -147,6 +149,7 @@ class FurtherCurriculum(Curriculum):
             "two small": partial(self._two, large=False),
             "borrow": lambda rng: self._borrow(rng.choice(material.loans), rng),
             "story": lambda rng: [self._story(rng.choice(material.tales), rng)],
+            "story words": lambda rng: [self._story_words(self._longest(rng), rng)],
             "story begin": lambda rng: self._story_picture(rng.choice(material.tales), 0, rng),
             "story on": self._story_on,
             "redraw": partial(self._any, self._redraw),
@@ -297,6 +300,25 @@ class FurtherCurriculum(Curriculum):
                 options = {"clean_to": len(ids) + BLOCK, "fill": fill}
                 sequence.masked(ids[: piece.start], codes, group, self.tokens.mask, rng, **options)
         return sequence
+
+    def _story_words(self, told: Told, rng: random.Random) -> Packed:
+        """The texts of a story alone, each of them twice: a few words, which a few wrong ones spoil."""
+        request, pieces = self._written(told)
+        ids = [*request, *(token for piece in pieces for token in piece.ids)]
+        sequence, groups = Packed(), count(1)
+        self._tell_story(sequence, told, pieces)
+        sequence.clean([*ids, *[self.tokens.end] * (-len(ids) % BLOCK)], 0, 0)
+        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+            if piece.codes is None:
+                for _ in range(2):
+                    after = following.ids if following else []
+                    self._text(sequence, ids[: piece.start], piece.ids, after, next(groups), rng)
+        # the codes that a last block is filled up with would outweigh the words
+        sequence.targets = [target if target < self.tokens.image_offset else -1 for target in sequence.targets]
+        return sequence
+
+    def _longest(self, rng: random.Random) -> Told:
+        return max(rng.choices(self.material.tales, k=4), key=lambda told: len(told.codes))
 
     def _story_on(self, rng: random.Random) -> list[Packed]:
         longer = [each for each in rng.choices(self.material.tales, k=20) if len(each.codes) > 1]
