@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llada2_mlx.backbone.handle import Backbone
-from llada2_mlx.backbone.network import LLaDA2
+from llada2_mlx.backbone.network import PREFILL, LLaDA2
 
 
 class ScriptedNetwork:
@@ -25,6 +25,7 @@ class ScriptedNetwork:
 
     def __init__(self, backbone: Backbone, script: Sequence[int]):
         self.config, self.model, self.script = backbone.config, SimpleNamespace(layers=[]), list(script)
+        self.prefill = PREFILL
 
     def __call__(self, ids: mx.array, start: int = 0, mask=None, cache=None) -> mx.array:
         batch, length = ids.shape

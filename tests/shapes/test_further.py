@@ -20,9 +20,10 @@ from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.shapes.grammar import caption, plan
 from llada2_mlx.shapes.several import About, pair_question
 from llada2_mlx.shapes.training import __main__ as trainer
-from llada2_mlx.shapes.training import backbone, curriculum, data, further, loop, packed
+from llada2_mlx.shapes.training import backbone, curriculum, data, export, further, loop, packed
 from llada2_mlx.shapes.training.text import add_words, further_sentences, sentences
 from llada2_mlx.shapes.world import (
+    SUMMARY,
     Background,
     Colour,
     Kind,
@@ -91,9 +92,12 @@ def seen(scripts: Backbone, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_new_words_are_tokens_at_ids_that_were_free_and_nothing_else_changes(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(BUILT_IN, first, ignore=shutil.ignore_patterns("*.safetensors", "mlx-*"))
+    export.write_text(first, backbone.CONFIG, trainer.SIZES, sentences(), SUMMARY)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUILT_IN / name, tmp_path)
-    old, path = Tokens(Checkpoint(BUILT_IN)), tmp_path / "tokenizer.json"
+        shutil.copy(first / name, tmp_path)
+    old, path = Tokens(Checkpoint(first)), tmp_path / "tokenizer.json"
     words = add_words(path, backbone.TEXT_IDS, further_sentences())
     new = Tokens(Checkpoint(tmp_path))
     assert 50 < len(words) and max(words) < backbone.TEXT_IDS and min(words) > max(old._vocabulary.values())
