@@ -19,7 +19,7 @@ from .checkpoint.hub import is_id
 from .checkpoint.layout import BUILT_IN, COMPLETE, HUB_MODEL, TOLD, Checkpoint, Part, resolve
 from .checkpoint.sizes import DEFAULT_DRAWING
 from .errors import LLaDA2Error, RequestError
-from .files import is_temporary, replacing
+from .files import holds_nothing, replacing
 from .progress import OnStep, Progress
 from .vq import GridSet, Pictures, VQGrid, grids_of, picture_seed
 
@@ -590,7 +590,7 @@ def _empty_folder(path: str) -> Path:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"The output {path} is a file, not a folder. Choose another name.")
-    if folder.is_dir() and not all(is_temporary(entry.name) for entry in folder.iterdir()):
+    if folder.is_dir() and not holds_nothing(folder):
         raise RequestError(f"The folder {path} is not empty. Choose a new one, or empty it; nothing in it is replaced.")
     parent = folder if folder.is_dir() else folder.absolute().parent
     if not parent.is_dir():

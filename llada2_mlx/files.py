@@ -32,6 +32,18 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder has nothing in it but what killed programs were writing."""
+    return all(is_temporary(path.name) for path in folder.iterdir())
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed programs were writing in a folder and those in it; nobody may be writing there."""
+    for path in list(folder.rglob("*.partial")):
+        if is_temporary(path.name):
+            path.unlink()
+
+
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Holds the lock ``path``; on a disk that has no locks the work goes on without one.

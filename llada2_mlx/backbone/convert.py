@@ -25,7 +25,7 @@ from ..checkpoint.config import BackboneConfig
 from ..checkpoint.hub import repo_of
 from ..checkpoint.layout import INDEX, TOLD, WEIGHTS, Checkpoint, Part, safetensors_header, visible
 from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import in_users_cache, is_temporary, locked, replacing, summed
+from ..files import in_users_cache, is_temporary, locked, remove_temporary, replacing, summed
 from ..progress import Progress, amount
 from .precision import GROUP_SIZE, Quantization, build, check_block, is_router, quantization_of, scheme
 from .weights import Reader, check_backbone
@@ -159,7 +159,7 @@ def only_copies(checkpoint: Checkpoint, wanted: str = "another precision") -> st
 
 def require_place(copy: Path) -> None:
     """Refuse to replace a folder that is no copy, or has something in it that a conversion did not make."""
-    if copy.exists() and state_of(copy) is None and not (copy.is_dir() and not any(copy.iterdir())):
+    if copy.exists() and state_of(copy) is None and (not copy.is_dir() or any(copy.iterdir())):
         raise RequestError(
             f"{copy} is where the converted copy goes, but it holds something else. Rename or delete it."
         )
@@ -206,9 +206,7 @@ def begin(copy: Path, fits: Callable[[dict[str, Any]], bool]) -> Path:
     if partial.exists() and ((origin := _origin(partial)) is None or not fits(origin)):
         _remove(partial)
     partial.mkdir(exist_ok=True)
-    for path in list(partial.iterdir()):
-        if is_temporary(path.name):  # a killed run had begun it
-            path.unlink()
+    remove_temporary(partial)
     return partial
 
 
@@ -256,9 +254,7 @@ def add_parts(checkpoint: Checkpoint, copy: Path) -> Generator[Progress, None, N
     """
     files = [path for part in Part if part is not Part.BACKBONE for path in checkpoint.files(part)]
     with writing(copy), alone(copy):
-        for path in list(copy.rglob("*.partial")):
-            if is_temporary(path.name):  # a killed run had begun it
-                path.unlink()
+        remove_temporary(copy)
         for number, path in enumerate(files, 1):
             target = copy / path.relative_to(checkpoint.root)
             target.parent.mkdir(exist_ok=True)

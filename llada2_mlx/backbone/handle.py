@@ -73,7 +73,12 @@ class Backbone:
         """Check the checkpoint, and settle how it will run."""
         if self.checkpoint.is_copy_alone:
             self._choose_copy(precision)
-            return
+        else:
+            self._choose_whole(precision)
+        self.working = fit(self.config, self.dtype, machine_bytes() - self.size)
+
+    def _choose_whole(self, precision: str) -> None:
+        """Settle how a model will run whose own weights are here."""
         block, self.reason, tensors = self.checkpoint.quantization, None, self.checkpoint.backbone_tensors()
         if block is not None:
             block = check_block(block, f"{self.checkpoint.root / 'config.json'}")
@@ -91,7 +96,6 @@ class Backbone:
         self.precision, self.dtype = precision, run_type(precision)
         self._block = block or (scheme(self.config, BITS[precision]) if precision in BITS else None)
         self.size = memory_bytes(self.config, self.dtype, self._block)
-        self.working = fit(self.config, self.dtype, machine_bytes() - self.size)
 
     def _choose_copy(self, precision: str) -> None:
         """Settle how a model will run whose own weights are not here, but one or several smaller copies."""
@@ -109,7 +113,6 @@ class Backbone:
             precision, why = choose_of(self.config, [*there], machine_bytes())
             self.reason = f"{why} Only smaller copies of the model are on this machine: {' and '.join(there)}."
         self.precision, self.dtype, self.size = precision, run_type(precision), precision_bytes(self.config, precision)
-        self.working = fit(self.config, self.dtype, machine_bytes() - self.size)
         self._block = scheme(self.config, BITS[precision])
         copy = copies[there[precision]]
         check_backbone(self.config, self._block, copy.backbone_tensors(), copy)

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors, safetensors_header
 from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import in_users_cache, is_temporary, locked, replacing, summed
+from ..files import holds_nothing, in_users_cache, is_temporary, locked, replacing, summed
 from ..progress import Progress, amount
 from ..worker import on_cpu
 from .decoder import EMBEDDER, stored
@@ -180,9 +180,7 @@ def convert_decoder(folder: Path, copy: Path) -> Generator[Progress, None, Path]
     if block_of(folder) is not None:
         raise RequestError(f"The decoder in {folder} has {BITS} bits already; convert the model that it was made of.")
     block, tensors = _copied(folder)
-    if copy.exists() and not (
-        copy.is_dir() and (_state(copy) or all(is_temporary(path.name) for path in copy.iterdir()))
-    ):
+    if copy.exists() and not (copy.is_dir() and (_state(copy) or holds_nothing(copy))):
         raise RequestError(
             f"{copy} is where the converted copy goes, but it holds something else. Rename or delete it."
         )

@@ -132,7 +132,7 @@ def build(make: Callable[[], T], config: Path) -> T:
 
 
 def read_config(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
-    """A diffusers config without the keys that are the library's own.
+    """The config of a part without the keys that are the library's own.
 
     Raises:
         CheckpointError: it cannot be read, or is of a network that cannot be.

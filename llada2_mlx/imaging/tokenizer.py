@@ -12,14 +12,13 @@ from PIL import Image
 from torch import nn
 
 from ..checkpoint.codebook import origin
-from ..checkpoint.config import require_possible
 from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, Part
 from ..errors import CheckpointError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid
 from .attention import attention_for
-from .device import build, default_device, load_module, read_tensors
+from .device import build, default_device, load_module, read_config, read_tensors
 from .prepare import PATCH, Purpose, prepare_for, use_of
 
 
@@ -41,8 +40,7 @@ class ImageTokenizer:
         checkpoint.require(Part.IMAGE_TOKENIZER)
         self.image_sizes, self.origin = checkpoint.image_sizes, origin(checkpoint)
         name = "image_tokenizer/config.json"
-        config = checkpoint.json(name)
-        require_possible(config, checkpoint.root / name)
+        config = read_config(checkpoint, "image_tokenizer")
         vision, quantiser = (config.get(key) for key in ("vision_config", "vq_config"))
         if not isinstance(vision, dict) or not isinstance(quantiser, dict):
             raise CheckpointError(

@@ -1,6 +1,6 @@
 """How well a model does in the world: every measure on held-out scenes, read by the detector.
 
-``python -m llada2_mlx.shapes.measures`` prints the whole table.
+``python -m llada2_mlx.shapes.measures`` prints the table of what it learned first, with ``--further`` that of the rest.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> None:
-    """Tell every measure, with what it should be. ``scale`` takes that share of the pictures."""
+    """Tell the measures of what it learned first, with what it should be. ``scale`` takes that share of the pictures."""
     count = lambda full: max(1, round(full * scale))
     _tell(
         say,
@@ -274,7 +274,7 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> Non
 
 
 def further_table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> None:
-    """Tell the measures of what was learned after that."""
+    """Tell the measures of what it learned later: plans, several pictures, stories and redrawing."""
     count = lambda full: max(1, round(full * scale))
     _tell(
         say,

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 
 from ... import prompts
 from ...backbone.guidance import Guidance
@@ -285,14 +284,9 @@ class FurtherCurriculum(Curriculum):
 
     def _story(self, told: Told, rng: random.Random) -> Packed:
         """A whole story: all its texts and pictures, and its end."""
-        request, pieces = self._written(told)
-        ids = [*request, *(token for piece in pieces for token in piece.ids)]
-        sequence = Packed()
-        self._tell_story(sequence, told, pieces)
-        sequence.clean([*ids, *[self.tokens.end] * (-len(ids) % BLOCK)], 0, 0)
-        for group, (piece, following) in enumerate(zip(pieces, [*pieces[1:], None], strict=True), 1):
+        sequence, ids, pieces = self._clean_story(told)
+        for group, (piece, after) in enumerate(pieces, 1):
             if piece.codes is None:
-                after = following.ids if following else []
                 self._text(sequence, ids[: piece.start], piece.ids, after, group, rng)
             else:
                 codes = piece.ids[:-1]  # its end is not drawn
@@ -303,19 +297,21 @@ class FurtherCurriculum(Curriculum):
 
     def _story_words(self, told: Told, rng: random.Random) -> Packed:
         """The texts of a story alone, each of them twice: a few words, which a few wrong ones spoil."""
-        request, pieces = self._written(told)
-        ids = [*request, *(token for piece in pieces for token in piece.ids)]
-        sequence, groups = Packed(), count(1)
-        self._tell_story(sequence, told, pieces)
-        sequence.clean([*ids, *[self.tokens.end] * (-len(ids) % BLOCK)], 0, 0)
-        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-            if piece.codes is None:
-                for _ in range(2):
-                    after = following.ids if following else []
-                    self._text(sequence, ids[: piece.start], piece.ids, after, next(groups), rng)
+        sequence, ids, pieces = self._clean_story(told)
+        texts = [each for each in pieces if each[0].codes is None for _ in range(2)]
+        for group, (piece, after) in enumerate(texts, 1):
+            self._text(sequence, ids[: piece.start], piece.ids, after, group, rng)
         # the codes that a last block is filled up with would outweigh the words
         sequence.targets = [target if target < self.tokens.image_offset else -1 for target in sequence.targets]
         return sequence
+
+    def _clean_story(self, told: Told) -> tuple[Packed, list[int], list[tuple[Written, list[int]]]]:
+        """A sequence with a whole story to be read, its ids, and each of its pieces with the ids of what follows it."""
+        ids, pieces = self._written(told)
+        sequence = Packed()
+        self._tell_story(sequence, told, pieces)
+        sequence.clean([*ids, *[self.tokens.end] * (-len(ids) % BLOCK)], 0, 0)
+        return sequence, ids, list(zip(pieces, [*(piece.ids for piece in pieces[1:]), []], strict=True))
 
     def _longest(self, rng: random.Random) -> Told:
         return max(rng.choices(self.material.tales, k=4), key=lambda told: len(told.codes))
@@ -327,9 +323,8 @@ class FurtherCurriculum(Curriculum):
 
     def _story_picture(self, told: Told, picture: int, rng: random.Random) -> list[Packed]:
         """One picture of a story in all branches of its guidance, on the same masks."""
-        request, pieces = self._written(told)
+        ids, pieces = self._written(told)
         text, drawn = pieces[2 * picture], pieces[2 * picture + 1]
-        ids = [*request, *(token for piece in pieces for token in piece.ids)]
         header, side = text.ids[-4:], len(drawn.codes)
         options = {"told": ids[: text.start], "text": text.ids[:-4], "header": header, "first": not picture}
         branches = prompts.story_picture(self.tokens, **options).branches
@@ -393,21 +388,19 @@ class FurtherCurriculum(Curriculum):
         sequence.masked(before, text, group, self.tokens.mask, rng, clean_to=end + BLOCK, matters=end, fill=fill)
 
     def _written(self, told: Told) -> tuple[list[int], list[Written]]:
-        """The request, and the texts and pictures of a story in turn, each with what ends it."""
+        """The ids of a story with its request; and its texts and pictures in turn, each with what ends it."""
         tokens = self.tokens
-        request = prompts.story(tokens, told.tale.prompt).conditional
-        pieces, position = [], len(request)
+        ids, pieces = list(prompts.story(tokens, told.tale.prompt).conditional), []
 
-        def add(ids: list[int], codes: list[list[int]] | None = None) -> None:
-            nonlocal position
-            pieces.append(Written(position, ids, codes))
-            position += len(ids)
+        def add(own: list[int], codes: list[list[int]] | None = None) -> None:
+            pieces.append(Written(len(ids), own, codes))
+            ids.extend(own)
 
         for text, codes in zip(told.tale.texts, told.codes, strict=True):
             add([*tokens.encode(text), *tokens.header(len(codes), len(codes[0]))])
             add([*tokens.codes_to_ids(flat(codes)), tokens.image_end], codes)
         add([tokens.end])
-        return request, pieces
+        return ids, pieces
 
     def _tell_story(self, sequence: Packed, told: Told, pieces: Sequence[Written]) -> None:
         """Say what the texts and pictures of a story tell of, as far as ``pieces`` goes."""
