@@ -191,7 +191,8 @@ def test_a_vocabulary_that_can_spell_a_control_token_does_not(tmp_path: Path, ig
         model["ignore_merges"], content["pre_tokenizer"]["use_regex"] = ignore_merges, False
         parts = [(word[:end], word[end]) for end in range(1, len(word))] + [("z", "z"), ("zz", "z")]
         for left, right in parts:
-            model["vocab"][left + right] = 10**6 if left == "zz" else len(model["vocab"])  # zzz is an image code
+            free = max(number for number in model["vocab"].values() if number < 10**6) + 1
+            model["vocab"][left + right] = 10**6 if left == "zz" else free  # zzz is an image code
             model["merges"].append([left, right])
         rest = count(len(model["vocab"]))  # the library gives an added token the word's number, or the next
         for token in content["added_tokens"]:
