@@ -138,13 +138,15 @@ def test_what_is_there_of_an_unfinished_download_is_used_up_first(hub: Hub, expe
     hub.broken = set(shards[5:])
     with pytest.raises(CheckpointError, match="503"):
         resolve(HUB_MODEL, Part.BACKBONE)
-    there = set(lying(hub, tmp_path))
-    assert len(there) > 2
+    there = lying(hub, tmp_path)
+    assert there
     hub.broken.clear()
     hub.requests.clear()
     checkpoint = fetch_copy(HUB_MODEL, 4)
     assert content(checkpoint.copy_folder(4)) == expected[4]
-    assert not any(hub.ranges(shard) for shard in there) and not lying(hub, tmp_path)
+    # nothing that was there is asked for again; a file that the error cut short is gone on with
+    assert all(begin >= size for shard, size in there.items() for begin in hub.ranges(shard))
+    assert not lying(hub, tmp_path)
 
 
 def test_where_the_weights_are_they_stay(hub: Hub, expected, tmp_path: Path) -> None:
