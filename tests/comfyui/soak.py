@@ -27,8 +27,10 @@ from pathlib import Path
 from threading import Timer
 
 import client
+import torch
 from client import PACK, ROOT, WORKFLOWS, Comfy, Run, installed, serve, workflow
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llada2_mlx.checkpoint.layout import BUILT_IN
 from llada2_mlx.shapes.detector import read
@@ -36,7 +38,9 @@ from llada2_mlx.shapes.measures import prompts, same_layout
 from llada2_mlx.shapes.world import Background, Colour, Kind, Pattern, Place, Scene, Shape, Size, Tone
 
 SHAPES, SECOND = "Shapes (built in)", "second"  # the second is a copy, whose files are replaced
-OTHER_WEIGHTS = ROOT / "tests/shapes/further"  # of the same architecture: what the second model becomes and was
+KEPT_BITS = (
+    -4
+)  # of the built-in model's bf16 weights the others lack the last two: what the second model becomes and was
 WARM = 50  # prompts until everything has been loaded and every buffer has been used
 ALLOWED = 150e6  # bytes between the first prompts after that and the last: the system's allocator keeps more or less
 client.START_TIMEOUT, client.RUN_TIMEOUT = 900, 900  # seconds: the machine may have other work
@@ -58,7 +62,18 @@ class Second:
     """The second model: a folder whose files are replaced as a person would, by another file of the same name."""
 
     folder: Path
+    others: Path  # a file with other weights of the same architecture
     weights: str = "its own"
+
+    @property
+    def source(self) -> Path:
+        """Where its weights are from."""
+        return BUILT_IN / "model.safetensors" if self.weights == "its own" else self.others
+
+    def make_others(self) -> None:
+        weights = load_file(BUILT_IN / "model.safetensors")
+        coarser = {name: (value.view(torch.int16) & KEPT_BITS).view(torch.bfloat16) for name, value in weights.items()}
+        save_file(coarser, self.others)
 
     def replace(self, name: str, content: bytes) -> None:
         new = self.folder / name
@@ -67,17 +82,14 @@ class Second:
         partial.replace(new)
 
     def become(self, weights: str) -> None:
-        source = BUILT_IN if weights == "its own" else OTHER_WEIGHTS
-        for name in ("model.safetensors", "tokenizer.json"):
-            self.replace(name, (source / name).read_bytes())
         self.weights = weights
+        self.replace("model.safetensors", self.source.read_bytes())
 
     def renew(self) -> None:
         """The same bytes in new files."""
-        source = BUILT_IN if self.weights == "its own" else OTHER_WEIGHTS
-        self.replace("model.safetensors", (source / "model.safetensors").read_bytes())
-        decoder = "decoder-turbo/decoder_model.safetensors"
-        self.replace(decoder, (BUILT_IN / decoder).read_bytes())
+        self.replace("model.safetensors", self.source.read_bytes())
+        for name in ("tokenizer.json", "decoder-turbo/decoder_model.safetensors"):
+            self.replace(name, (BUILT_IN / name).read_bytes())
 
     def damage(self) -> None:
         self.replace("model.safetensors", (BUILT_IN / "model.safetensors").read_bytes()[:1_000_000])
@@ -116,8 +128,9 @@ def soak(folder: Path, python: Path, base: Path, templates: list[str], count: in
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / PACK).symlink_to(ROOT)
     (base / "tmp").mkdir()
-    second = Second(base / "models/llada2" / SECOND)
+    second = Second(base / "models/llada2" / SECOND, base / "others.safetensors")
     shutil.copytree(BUILT_IN, second.folder, ignore=shutil.ignore_patterns("mlx-*bit", "training"))
+    second.make_others()
     rng, tally, end = random.Random(seed), Tally(), time.monotonic() + seconds
     scenes = [SHIPPED, *((text, scene) for scene, text in islice(prompts(VARIANTS - 1), VARIANTS - 1))]
     with serve(folder, python, base, TMPDIR=str(base / "tmp")) as comfy:
