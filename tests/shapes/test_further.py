@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scripted import scripted
 
 from llada2_mlx import prompts, story, tasks
@@ -406,6 +407,15 @@ def test_further_training_needs_the_checkpoint_alone_and_goes_on_where_it_stoppe
     assert (out / "model.safetensors").read_bytes() != before
     assert Tokens(Checkpoint(out)).doubt("Put the ring of the first picture into the second.") is None
     assert Checkpoint(out).backbone_tensors().keys() == Checkpoint(BUILT_IN).backbone_tensors().keys()
+    two = [torch.load(work / f"further/{name}.pt", weights_only=True)["averaged"] for name in stages]
+    for name, value in load_file(out / "model.safetensors").items():
+        assert torch.equal(value, ((two[0][f"network.{name}"] + two[1][f"network.{name}"]) / 2).bfloat16())
+
+    (work / "further/backbone-sixth.pt").rename(work / "kept")
+    trainer.Training(work, tmp_path / "early").snapshot()
+    early = load_file(tmp_path / "early/model.safetensors")
+    assert all(torch.equal(value, two[0][f"network.{name}"].bfloat16()) for name, value in early.items())
+    (work / "kept").rename(work / "further/backbone-sixth.pt")
 
     shot = tmp_path / "shot"
     trainer.Training(work, shot).snapshot()

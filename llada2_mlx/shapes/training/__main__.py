@@ -111,21 +111,26 @@ class Training:
             of = backbone.losses(learner, lessons, stage.turns)
             learner = train(name, learner, of, stage.schedule, self._further, _say)
             lessons.scrambled = stage.scrambled
-        export.write_backbone(self.out, learner.network.state_dict())
-        shutil.copy(self._further / "tokenizer.json", self.out)
+        self._write_learned()
 
     def snapshot(self) -> None:
         """A whole checkpoint in ``out`` with what has been learned further so far."""
         if self.out.resolve() == BUILT_IN.resolve():
             raise SystemExit("A snapshot would overwrite the built-in model. Name another folder with --out.")
         shutil.copytree(BUILT_IN, self.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("mlx-*"))
-        begun = [name for name in backbone.FURTHER if (self._further / f"{name}.pt").exists()]
+        self._write_learned()
+
+    def _write_learned(self) -> None:
+        """The weights of the stage that was begun last, from the last of all on the mean of a few; and the words."""
+        stages = list(backbone.FURTHER)
+        begun = [name for name in stages if (self._further / f"{name}.pt").exists()]
         if not begun:
             raise SystemExit(f"Nothing has been learned further in {self.work} yet.")
-        learner, steps = averaged(begun[-1], backbone.Learner(), self._further)
+        chosen = begun[-backbone.BLENDED :] if begun == stages else begun[-1:]
+        learner, steps = averaged(chosen, backbone.Learner(), self._further)
         export.write_backbone(self.out, learner.network.state_dict())
         shutil.copy(self._further / "tokenizer.json", self.out)
-        _say(f"{begun[-1]}, after {steps} steps: {self.out}")
+        _say(f"{', '.join(chosen)}, after {steps} steps: {self.out}")
 
     @property
     def _further(self) -> Path:

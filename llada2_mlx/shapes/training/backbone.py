@@ -140,6 +140,7 @@ FURTHER = {
     ),
     "backbone-tenth": Stage(Schedule(steps=1000, rate=6e-4, warmup=50, average=0.996), {0: ALL_OF_IT}, scrambled=0.3),
 }
+BLENDED = 2  # the last stages: the mean of their weights tells stories as the one, and answers as the other
 
 
 class Learner(nn.Module):

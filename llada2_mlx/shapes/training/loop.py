@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,15 +89,16 @@ def train(
     return module.eval().requires_grad_(False)
 
 
-def averaged(name: str, module: nn.Module, folder: Path) -> tuple[nn.Module, int]:
-    """The module as a stage has it so far, and after how many steps.
+def averaged(names: Sequence[str], module: nn.Module, folder: Path) -> tuple[nn.Module, int]:
+    """The module with the mean of what some stages have so far, and after how many steps of the last.
 
     Raises:
-        FileNotFoundError: the stage has kept nothing yet.
+        FileNotFoundError: one of the stages has kept nothing yet.
     """
-    state = torch.load(folder / f"{name}.pt", weights_only=True)
-    module.load_state_dict(state["averaged"])
-    return module.eval().requires_grad_(False), state["step"]
+    states = [torch.load(folder / f"{name}.pt", weights_only=True) for name in names]
+    kept = [state["averaged"] for state in states]
+    module.load_state_dict({key: sum(each[key] for each in kept) / len(kept) for key in kept[0]})
+    return module.eval().requires_grad_(False), states[-1]["step"]
 
 
 @torch.no_grad()
