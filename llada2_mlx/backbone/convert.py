@@ -6,7 +6,6 @@ with the layers that are there, if the source is still the same.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
@@ -17,30 +16,37 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from filelock import Timeout
 from mlx.utils import tree_flatten
 
 from .. import __version__
 from ..checkpoint.config import BackboneConfig
+from ..checkpoint.copies import (
+    STATE,
+    alone,
+    occupied,
+    place_of,
+    require_room,
+    sizes_and_sums,
+    state_of,
+    write_json,
+    writing,
+)
 from ..checkpoint.hub import repo_of
 from ..checkpoint.layout import INDEX, TOLD, WEIGHTS, Checkpoint, Part, safetensors_header, visible
-from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import in_users_cache, is_temporary, locked, remove_temporary, replacing, summed
-from ..progress import Progress, amount
+from ..errors import CheckpointError, RequestError
+from ..files import is_temporary, remove_temporary, replacing, summed
+from ..progress import Progress
 from .precision import GROUP_SIZE, Quantization, build, check_block, is_router, quantization_of, scheme
 from .weights import Reader, check_backbone
 
-STATE = "conversion.json"  # in a copy: what it was made of, and how, and which files were made
 README = "README.md"  # in a copy that stands alone
 WHOLE = 16  # bits that stand for bf16
+ELSEWHERE = ", or convert to another disk: llada2-mlx convert SOURCE FOLDER"
 
 
 def own_copy(checkpoint: Checkpoint, bits: int) -> Path:
     """Where the copy lies that is made by itself: inside the model's folder, or in the user's cache if that is read-only."""
-    inside = checkpoint.copy_folder(bits)
-    if os.access(checkpoint.root, os.W_OK) or is_current(inside, checkpoint, bits):
-        return inside
-    return in_users_cache(checkpoint.root, inside.name)
+    return place_of(checkpoint.copy_folder(bits), lambda inside: is_current(inside, checkpoint, bits))
 
 
 def is_current(copy: Path, checkpoint: Checkpoint, bits: int, group_size: int = GROUP_SIZE) -> bool:
@@ -103,7 +109,7 @@ def convert(
                 return Checkpoint(copy)
             partial = begin(copy, lambda origin: origin == wanted)
             if ready is None:
-                require_room(partial, size)
+                require_room(partial, size - _written(partial), "The converted copy", ELSEWHERE)
             if state_of(partial) is None:
                 write_json(partial / STATE, wanted | {"made": {}, "made_by": made_by()})
             weight_map = yield from _layers(checkpoint, partial, block) if ready is None else _links(ready, partial)
@@ -160,43 +166,8 @@ def only_copies(checkpoint: Checkpoint, wanted: str = "another precision") -> st
 def require_place(copy: Path) -> None:
     """Refuse to replace a folder that is no copy, or has something in it that a conversion did not make."""
     if copy.exists() and state_of(copy) is None and (not copy.is_dir() or any(copy.iterdir())):
-        raise RequestError(
-            f"{copy} is where the converted copy goes, but it holds something else. Rename or delete it."
-        )
+        raise RequestError(occupied(copy))
     _require_own(copy, whole=True)
-
-
-@contextmanager
-def alone(path: Path, busy: str = "is being written") -> Iterator[None]:
-    """No other program works on ``path`` meanwhile.
-
-    Args:
-        busy: what one does, for a person.
-
-    Raises:
-        LLaDA2Error: one does.
-    """
-    lock = path.with_name(f".{path.name}.lock")
-    try:
-        with locked(lock):
-            yield
-            if lock.exists() and not lock.stat().st_size:  # one with something in it is somebody's
-                lock.unlink()
-    except Timeout:
-        raise LLaDA2Error(f"{path} {busy} by another program; wait until it is done.") from None
-
-
-@contextmanager
-def writing(copy: Path) -> Iterator[None]:
-    """What keeps a copy from being written becomes a sentence.
-
-    Raises:
-        LLaDA2Error: it cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise _unwritten(copy, error) from error
 
 
 def begin(copy: Path, fits: Callable[[dict[str, Any]], bool]) -> Path:
@@ -303,13 +274,6 @@ as a folder in `models/llada2`, or where its hub id stands in a line of `models/
         partial.write_text(text.replace("\n\ntags", "\ntags"), encoding="utf-8")
 
 
-def _unwritten(path: Path, error: OSError) -> LLaDA2Error:
-    return LLaDA2Error(
-        f"{path} cannot be written ({error.strerror or error}). Make room or allow writing there, and try again: what "
-        "is done is kept."
-    )
-
-
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
@@ -383,7 +347,7 @@ def _wanted(checkpoint: Checkpoint, bits: int, group_size: int) -> dict[str, Any
 
 def source_of(checkpoint: Checkpoint) -> dict[str, list]:
     """The files that a copy is made of, with their sizes and sums."""
-    return {path.name: [path.stat().st_size, summed(path)] for path in checkpoint.files(Part.BACKBONE)}
+    return sizes_and_sums(checkpoint.files(Part.BACKBONE))
 
 
 @contextmanager
@@ -444,35 +408,17 @@ def size_of(config: BackboneConfig, block: Quantization | None) -> int:
     return sum(value.size * (4 if value.dtype == mx.uint32 else 2) for _, value in parameters)
 
 
-def state_of(folder: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError):
-        return None
-    return state if isinstance(state, dict) else None
-
-
 def _origin(folder: Path) -> dict[str, Any] | None:
     """What a copy was made of, and how, as ``_wanted`` says it."""
     state = state_of(folder)
     return None if state is None else {key: value for key, value in state.items() if key not in ("made", "made_by")}
 
 
+def _written(folder: Path) -> int:
+    """Bytes of the layers that an earlier run has made."""
+    return sum(path.stat().st_size for path in visible(folder, "*.safetensors"))
+
+
 def made_by() -> str:
     """The programs that make a copy, with their versions, for a person."""
     return f"ComfyUI-LLaDA2-MLX {__version__} with MLX {version('mlx')}"
-
-
-def require_room(folder: Path, size: int) -> None:
-    there = sum(path.stat().st_size for path in visible(folder, "*.safetensors"))
-    free = shutil.disk_usage(folder).free
-    if size - there > free:
-        raise CheckpointError(
-            f"The converted copy takes {amount(size)} in {folder.parent}, where {amount(free)} are free. Make room, or "
-            "convert to another disk: llada2-mlx convert SOURCE FOLDER."
-        )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoint.copies import STATE, alone, state_of, write_json, writing
 from ..checkpoint.hub import Arriving, again, cached, is_id
 from ..checkpoint.layout import (
     FILES,
@@ -35,8 +36,6 @@ from ..files import summed
 from ..progress import OnStep, Progress, ignore
 from ..worker import MLXWorker
 from .convert import (
-    STATE,
-    alone,
     begin,
     block_of,
     convert,
@@ -51,9 +50,6 @@ from .convert import (
     save,
     size_of,
     source_of,
-    state_of,
-    write_json,
-    writing,
 )
 from .precision import BITS, check_block
 from .weights import EIGHT, SCALE, Reader, check_file, from_eight, names_of, scaled_by, shapes_of

@@ -7,8 +7,6 @@ bits alone: with four, published ports of this network show grain.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Generator
 from math import prod
 from pathlib import Path
@@ -16,21 +14,30 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from filelock import Timeout
 from mlx.utils import tree_flatten
 
+from ..checkpoint.copies import (
+    STATE,
+    alone,
+    occupied,
+    place_of,
+    require_room,
+    sizes_and_sums,
+    state_of,
+    write_json,
+    writing,
+)
 from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors, safetensors_header
-from ..errors import CheckpointError, LLaDA2Error, RequestError
-from ..files import holds_nothing, in_users_cache, is_temporary, locked, replacing, summed
-from ..progress import Progress, amount
+from ..errors import CheckpointError, RequestError
+from ..files import holds_nothing, is_temporary, replacing
+from ..progress import Progress
 from ..worker import on_cpu
 from .decoder import EMBEDDER, stored
 from .device import read_config
 from .transformer_mlx import Config, ZImageTransformer
 
 BITS, GROUP_SIZES = 8, (64, 32)
-STATE = "conversion.json"  # in a copy: what it was made of and how; ``whole`` once all of it is there
 STORED = ("BF16", "F16", "F32")
 _TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32}
 
@@ -140,16 +147,13 @@ def memory_bytes(folder: Path, quantised: bool) -> int:
 
 def own_copy(folder: Path) -> Path:
     """Where the copy lies that is made by itself: inside the decoder's folder, or in the user's cache if that is read-only."""
-    inside = folder / f"mlx-{BITS}bit"
-    if os.access(folder, os.W_OK) or is_current(inside, folder):
-        return inside
-    return in_users_cache(folder, inside.name)
+    return place_of(folder / f"mlx-{BITS}bit", lambda inside: is_current(inside, folder))
 
 
 def is_current(copy: Path, folder: Path) -> bool:
     """Whether ``copy`` is whole, and is what would be made of what ``folder`` holds now."""
     try:
-        return _state(copy) == _wanted(folder) | {"whole": True} and bool(
+        return state_of(copy) == _wanted(folder) | {"whole": True} and bool(
             safetensors_header(copy / weights_of(folder).name)
         )
     except CheckpointError:
@@ -180,34 +184,23 @@ def convert_decoder(folder: Path, copy: Path) -> Generator[Progress, None, Path]
     if block_of(folder) is not None:
         raise RequestError(f"The decoder in {folder} has {BITS} bits already; convert the model that it was made of.")
     block, tensors = _copied(folder)
-    if copy.exists() and not (copy.is_dir() and (_state(copy) or holds_nothing(copy))):
-        raise RequestError(
-            f"{copy} is where the converted copy goes, but it holds something else. Rename or delete it."
-        )
+    if copy.exists() and not (copy.is_dir() and (_is_copy(copy) or holds_nothing(copy))):
+        raise RequestError(occupied(copy))
     source = weights_of(folder)
-    try:
+    with writing(copy, kept=False):
         copy.parent.mkdir(parents=True, exist_ok=True)
-        lock = copy.with_name(f".{copy.name}.lock")
-        with locked(lock):
+        with alone(copy):
             copy.mkdir(exist_ok=True)
-            _write(copy / STATE, _wanted(folder) | {"whole": False})
+            write_json(copy / STATE, _wanted(folder) | {"whole": False})
             for path in [*copy.iterdir()]:  # of a run that was killed, or of a source that was replaced
                 if is_temporary(path.name) or path.suffix == ".safetensors" or path.name == "config.json":
                     path.unlink()
-            _require_room(copy, sum(map(_bytes, tensors.values())))
+            require_room(copy, sum(map(_bytes, tensors.values())), f"The decoder with {BITS} bits")
             with replacing(copy / source.name) as partial:
                 yield from _stream(source, partial, block, tensors)
             stated = Checkpoint(folder).json("config.json")
-            _write(copy / "config.json", stated | {"quantization": block})
-            _write(copy / STATE, _wanted(folder) | {"whole": True})
-        if lock.exists() and not lock.stat().st_size:  # one with something in it is somebody's
-            lock.unlink()
-    except Timeout:
-        raise LLaDA2Error(f"{copy} is being written by another program; wait until it is done.") from None
-    except OSError as error:
-        raise LLaDA2Error(
-            f"{copy} cannot be written ({error.strerror or error}). Make room or allow writing there, and try again."
-        ) from error
+            write_json(copy / "config.json", stated | {"quantization": block})
+            write_json(copy / STATE, _wanted(folder) | {"whole": True})
     return copy
 
 
@@ -277,29 +270,11 @@ def _bytes(info: TensorInfo) -> int:
     return prod(info.shape) * _TYPES[info.dtype].size
 
 
+def _is_copy(folder: Path) -> bool:
+    return "source" in (state_of(folder) or {})
+
+
 def _wanted(folder: Path) -> dict[str, Any]:
-    """What a copy is made of, as its ``STATE`` says it: sizes of files, and sums of the config and of the weights' header."""
-    paths = (weights_of(folder), folder / "config.json")
-    source = {path.name: [path.stat().st_size, summed(path)] for path in paths}
+    """What a copy is made of, as its ``STATE`` says it; that has ``whole`` too, true once all of the copy is there."""
+    source = sizes_and_sums((weights_of(folder), folder / "config.json"))
     return {"quantization": {"bits": BITS, "group_size": GROUP_SIZES[0]}, "source": source}
-
-
-def _state(folder: Path) -> dict[str, Any] | None:
-    try:
-        state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError):
-        return None
-    return state if isinstance(state, dict) and "source" in state else None
-
-
-def _require_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise CheckpointError(
-            f"The decoder with {BITS} bits takes {amount(size)} in {folder.parent}, where {amount(free)} are free. Make room."
-        )
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -26,9 +26,10 @@ from synthetic import BACKBONE, Sizes, tiny, write_backbone
 
 from llada2_mlx import __version__, cli, tasks
 from llada2_mlx.backbone import precision
-from llada2_mlx.backbone.convert import STATE, convert, is_current, own_copy
+from llada2_mlx.backbone.convert import convert, is_current, own_copy
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.weights import SCALE, SIDE
+from llada2_mlx.checkpoint.copies import STATE
 from llada2_mlx.checkpoint.layout import Checkpoint, Part, safetensors_header
 from llada2_mlx.errors import CheckpointError, LLaDA2Error, RequestError
 from llada2_mlx.progress import Progress, ignore

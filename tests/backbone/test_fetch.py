@@ -20,10 +20,11 @@ from synthetic import BACKBONE, Sizes, names_of, split, tiny, write_backbone, wr
 
 from llada2_mlx import cli, tasks
 from llada2_mlx.backbone import fetch
-from llada2_mlx.backbone.convert import STATE, convert, is_current, made_by
+from llada2_mlx.backbone.convert import convert, is_current, made_by
 from llada2_mlx.backbone.fetch import fetch_copy, needs_fetching
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.weights import SCALE, SIDE
+from llada2_mlx.checkpoint.copies import STATE
 from llada2_mlx.checkpoint.layout import HUB_MODEL, INDEX, Checkpoint, Part, resolve
 from llada2_mlx.errors import CheckpointError, LLaDA2Error, RequestError
 from llada2_mlx.progress import Progress, ignore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from synthetic import Sizes, tiny, write_decoder
 from llada2_mlx.checkpoint.layout import Checkpoint, Part, safetensors_header
 from llada2_mlx.errors import CheckpointError, LLaDA2Error, RequestError
 from llada2_mlx.files import locked
-from llada2_mlx.imaging import decoder_copy
 from llada2_mlx.imaging.decoder_copy import (
     block_of,
     convert_decoder,
@@ -190,7 +190,7 @@ def test_two_programs_do_not_write_one_copy(folder: Path, worker: MLXWorker) -> 
 
 def test_a_full_disk_is_said_before_the_work(folder: Path, worker: MLXWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(folder)._replace(free=1000)
-    monkeypatch.setattr(decoder_copy.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="The decoder with 8 bits takes .* where .* are free. Make room"):
         worker.drive(convert_decoder(folder, own_copy(folder)))
 
@@ -207,7 +207,7 @@ def test_values_that_are_not_finite_make_no_copy(folder: Path, worker: MLXWorker
 def test_a_folder_that_may_not_be_written_has_its_copy_in_the_users_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_copy.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert own_copy(folder).is_relative_to(tmp_path / "cache/llada2-mlx") and own_copy(folder).name == "mlx-8bit"
     assert own_copy(folder) != own_copy(folder.parent / "decoder-turbo")
