@@ -133,7 +133,8 @@ def soak(folder: Path, python: Path, base: Path, templates: list[str], count: in
     second.make_others()
     rng, tally, end = random.Random(seed), Tally(), time.monotonic() + seconds
     scenes = [SHIPPED, *((text, scene) for scene, text in islice(prompts(VARIANTS - 1), VARIANTS - 1))]
-    with serve(folder, python, base, TMPDIR=str(base / "tmp")) as comfy:
+    # as it is started by default, ComfyUI keeps what every node gave until memory is short, and would seem to leak
+    with serve(folder, python, base, "--cache-classic", TMPDIR=str(base / "tmp")) as comfy:
         for number in range(1, count + 1):
             if time.monotonic() > end:
                 break
