@@ -23,7 +23,7 @@ from scripted import ScriptedNetwork
 from storyteller import TEXTS, codes, write_storyteller
 from synthetic import tiny
 
-from llada2_mlx import cli, imaging, prompts
+from llada2_mlx import cli, commands, imaging, prompts
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.codebook import origin
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part
@@ -38,7 +38,8 @@ from llada2_mlx.vq import VQGrid
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run a command in an empty folder, with a tiny model as the default: exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "BUILT_IN", tiny())
+    for module in (cli, commands):
+        monkeypatch.setattr(module, "BUILT_IN", tiny())
 
     def command(*words: str) -> tuple[int, str, str]:
         status = cli.main(list(words))
@@ -336,11 +337,13 @@ def test_the_help_says_what_a_preset_calls(run, capsys: pytest.CaptureFixture) -
     with pytest.raises(SystemExit):
         run("decode", "--help")
     said = " ".join(capsys.readouterr().out.split())
-    for word, name in cli.PRESETS.items():
+    for word, name in commands.PRESETS.items():
         assert name == CUSTOM or f"{word} {PRESETS[name].network_calls}" in said
-    assert [*cli.PRESETS.values()] == [CUSTOM, *PRESETS]
-    usual = {name: getattr(DecodeOptions(), name) for name in cli.WAY}
-    assert cli.WAY | {"sampler": cli.SAMPLERS[cli.WAY["sampler"]]} == usual | {"sampler": usual["sampler"].value}
+    assert [*commands.PRESETS.values()] == [CUSTOM, *PRESETS]
+    usual = {name: getattr(DecodeOptions(), name) for name in commands.WAY}
+    assert commands.WAY | {"sampler": commands.SAMPLERS[commands.WAY["sampler"]]} == usual | {
+        "sampler": usual["sampler"].value
+    }
 
 
 def test_a_look_at_codes(run) -> None:

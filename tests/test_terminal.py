@@ -17,7 +17,7 @@ from pictures import noise
 from PIL import Image
 from synthetic import tiny
 
-from llada2_mlx import chat, cli
+from llada2_mlx import chat, cli, commands
 from llada2_mlx.progress import Progress
 from llada2_mlx.terminal import _shows, _Written
 from llada2_mlx.vq import GridSet, VQGrid
@@ -29,7 +29,8 @@ QUICK = ("--max-new-tokens", "24", "--steps", "2")
 def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Say some lines, with a tiny model: exit status, stdout, stderr, and the arguments of every reply."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "BUILT_IN", tiny())
+    for module in (cli, commands):
+        monkeypatch.setattr(module, "BUILT_IN", tiny())
     noise(300, 200).save("one.png")
     Image.new("RGB", (900, 800), "red").save("the second.png")
     Path("text.png").write_text("no picture")
@@ -111,16 +112,16 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(capsys: pytes
 
 @pytest.mark.parametrize("steps", [3, 0])
 def test_what_was_written_before_an_interrupt_is_the_answer(talk, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    show, left = cli._Bars.__call__, [steps]
+    show, left = commands._Bars.__call__, [steps]
 
-    def interrupt(bars: cli._Bars, progress: Progress) -> None:
+    def interrupt(bars: commands._Bars, progress: Progress) -> None:
         show(bars, progress)
         if progress.phase == "denoising":
             left[0] -= 1
             if left[0] == -1:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli._Bars, "__call__", interrupt)
+    monkeypatch.setattr(commands._Bars, "__call__", interrupt)
     status, out, err, calls = talk("Who are you?\nAnd now?\n", "--max-new-tokens", "100")
     assert status == 0 and len(calls) == 2
     if not steps:
@@ -135,7 +136,7 @@ def test_an_interrupt_while_a_picture_is_encoded(talk, monkeypatch: pytest.Monke
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_codes", interrupt)
+    monkeypatch.setattr(commands, "_codes", interrupt)
     status, _, err, calls = talk("/image one.png\nWhat is it?\nAnd without it?\n")
     assert status == 0 and "(stopped)" in err
     assert [(said, pictures) for _, said, pictures in calls] == [("And without it?", None)]

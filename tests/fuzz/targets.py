@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from synthetic import tiny, write_strewn
 
-from llada2_mlx import cli, grids, prompts
+from llada2_mlx import commands, grids, prompts
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import BUILT_IN, INDEX, Checkpoint, Part
 from llada2_mlx.checkpoint.sizes import ImageSizes
@@ -108,7 +108,7 @@ def pictures() -> tuple[bytes, ...]:
 def _picture_files(content: bytes) -> None:
     path = Path(tempfile.gettempdir()) / "fuzzed-picture"
     path.write_bytes(content)
-    image = cli._open(str(path))
+    image = commands._open(str(path))
     _prepared(image, Purpose.UNDERSTAND, 0)
 
 
