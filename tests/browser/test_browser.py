@@ -40,15 +40,36 @@ def check_opened(editor, name: str) -> None:
 
 
 def check_run(editor, name: str, nodes_2: bool) -> None:
-    """It runs, what its nodes were given to show is seen, and no node hides another."""
+    """It runs, what its nodes were given to show is seen, and no node hides another, whatever each has to show."""
     roots = {str(node["id"]) for node in saved(name)["nodes"]}
+    if not nodes_2:  # what they show then stays
+        editor.forget()
     outputs = {node: output for node, output in editor.run().items() if node in roots}
     assert any(output.get("images") or output.get("text") for output in outputs.values())
+    assert nodes_2 or not [node for _, detail in editor.heard("execution_cached") for node in detail["nodes"]]
     editor.fit()
     editor.keep(f"{name}-{'nodes-2' if nodes_2 else 'canvas'}")
     assert not [node for node, output in outputs.items() if not editor.shows(node, output, nodes_2)]
+    # and what they said while they ran
+    said = {detail["nodeId"]: detail["text"] for _, detail in editor.heard("progress_text")}
+    assert not [
+        node for node, text in said.items() if node in roots and not editor.shows(node, {"text": [text]}, nodes_2)
+    ]
     assert not [node for node in editor.nodes() if node[2]]
     assert not editor.covered()
+
+
+def check_app(editor, name: str) -> None:
+    """It opens as an app that asks for what it shall ask for, and shows its picture; behind it is the graph."""
+    asked = [widget for _, widget in saved(name)["extra"]["linearData"]["inputs"]]
+    items = editor.page.get_by_test_id("app-mode-widget-item")
+    items.nth(len(asked) - 1).wait_for()
+    assert [item.inner_text().split()[0] for item in items.all()] == asked
+    picture = editor.run_app()
+    picture.wait_for()
+    editor.page.wait_for_function("picture => picture.naturalWidth > 0", arg=picture.element_handle())
+    editor.keep(f"{name}-app")
+    editor.leave_app()
 
 
 def test_the_front_end_is_the_one_that_is_tested(editor, front_end: str, comfyui) -> None:
@@ -82,6 +103,8 @@ def test_a_template_opens_runs_and_shows_its_picture(editor) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_template_does_with_either_kind_of_nodes(editor, name: str) -> None:
     check_opened(editor, name)
+    if name.endswith(".app"):
+        check_app(editor, name)
     check_run(editor, name, nodes_2=False)
     editor.set_nodes_2(True)
     assert not editor.cut()
