@@ -11,9 +11,11 @@ import time
 
 import pytest
 from client import PACK, ROOT, Comfy, workflow
+from editor import SECOND
 from templates import TEMPLATES, WORKFLOWS
 
 NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
+BLUEPRINTS = sorted(path.stem for path in (ROOT / "subgraphs").glob("*.json"))
 # to open the page takes minutes where others use the cores too
 pytestmark = pytest.mark.timeout(1500)
 BOTH = pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes-2"])
@@ -84,7 +86,7 @@ def test_the_browser_of_templates_shows_ours_with_their_pictures(editor) -> None
     cards = editor.browse_templates()
     cards.nth(len(TEMPLATES) - 1).wait_for(state="attached")
     names = [card.get_attribute("data-testid").removeprefix("template-workflow-") for card in cards.all()]
-    assert sorted(names) == list(TEMPLATES)
+    assert names == list(TEMPLATES)  # in the order of learning
     editor.keep("templates")
     for card in cards.all():
         card.scroll_into_view_if_needed()  # a picture is fetched when it comes into view
@@ -133,6 +135,22 @@ def test_a_search_for_an_alias_finds_its_node(editor, name: str) -> None:
     editor.page.keyboard.press("Escape")
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_a_search_finds_a_blueprint_and_puts_it_on_the_canvas(editor, name: str) -> None:
+    editor.page.evaluate("app.graph.clear()")
+    editor.search().fill(name)
+    editor.found(name).first.click()
+    editor.page.wait_for_function("app.graph.nodes.length === 1 && !!app.graph.nodes[0].subgraph")
+    editor.page.mouse.click(400, 300)  # it follows the pointer until then
+    editor.fit()
+    editor.keep(f"blueprint-{name}")
+    nodes = editor.nodes()
+    inside = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text())["definitions"]["subgraphs"][0]["nodes"]
+    assert sorted(kind for _, kind, _ in nodes[1:]) == sorted(node["type"] for node in inside)
+    assert not [node for node in nodes if node[2]]
+
+
 @pytest.mark.parametrize("name", [NODES[0], *(pytest.param(name, marks=pytest.mark.whole) for name in NODES[1:])])
 def test_the_help_page_of_a_node_opens(editor, name: str) -> None:
     title = ours(editor.server)[name]["display_name"]
@@ -171,17 +189,18 @@ def test_a_wrong_value_shows_one_readable_error_on_its_widget(editor, nodes_2: b
 @pytest.mark.whole
 @BOTH
 def test_what_only_a_run_finds_is_told_on_the_node(editor, nodes_2: bool) -> None:
-    editor.load(workflow("text_to_image", **{"2": {"width": 300}}))
+    # not a width of 300, which front end 1.58 rounds to the widget's step
+    editor.load(workflow("codes_as_things", **{"5": {"left": 9}}))
     editor.set_nodes_2(nodes_2)
     editor.press_run()
-    assert editor.wait_for("execution_success", "execution_error")["node_id"] == "2"
+    end = editor.wait_for("execution_success", "execution_error")
+    assert (end["kind"], end.get("node_id")) == ("execution_error", "5")
     editor.error().wait_for()
+    editor.page.wait_for_timeout(SECOND)  # what is taken away is taken away by now
     editor.keep(f"error-{'nodes-2' if nodes_2 else 'canvas'}")
-    assert [node for node, _, wrong in editor.nodes() if wrong] == ["2"]
+    assert [node for node, _, wrong in editor.nodes() if wrong] == ["5"]
     # beside the red node, in the same words
-    assert editor.shows(
-        "2", {"text": ["The width is 300; it has to be 0 (the model's own size) or a multiple of 64"]}, nodes_2
-    )
+    assert editor.shows("5", {"text": ["outside the grid of 8 x 8 codes", "Left has to be 0 to 7"]}, nodes_2)
 
 
 @pytest.mark.whole
