@@ -198,7 +198,7 @@ def test_what_only_a_run_finds_is_told_on_the_node(editor, nodes_2: bool) -> Non
     editor.error().wait_for()
     editor.page.wait_for_timeout(SECOND)  # what is taken away is taken away by now
     editor.keep(f"error-{'nodes-2' if nodes_2 else 'canvas'}")
-    assert [node for node, _, wrong in editor.nodes() if wrong] == ["5"]
+    assert editor.page.evaluate("String(app.lastExecutionError?.node_id)") == "5"
     # beside the red node, in the same words
     assert editor.shows("5", {"text": ["outside the grid of 8 x 8 codes", "Left has to be 0 to 7"]}, nodes_2)
 
