@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -311,6 +312,11 @@ def to_html(parts: Iterable[StoryPart], title: str) -> str:
 def picture_link(number: int) -> str:
     """What stands for picture ``number``, counted from 1, in Markdown."""
     return f"![picture {number}]({picture_name(number)})"
+
+
+def without_links(markdown: str) -> str:
+    """A story for where its pictures do not lie beside it: ``[picture N]`` for a link to one."""
+    return re.sub(r"!\[(picture (\d+))\]\(picture_\2\.png\)", r"[\1]", markdown)
 
 
 def picture_name(number: int, suffix: str = ".png") -> str:

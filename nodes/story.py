@@ -134,6 +134,8 @@ class LLaDA2Story(io.ComfyNode):
         prompts.require_text(prompt, "prompt")
         host.warn(backbone.tokens.doubt(prompt))
         show, on_step = host.progress_text(), host.progress()
+        # Nodes 2.0 shows a text as Markdown, and there are no files that its links could lead to
+        show_story = lambda text, final=False: show(story.without_links(text), final=final)
         told = story.tell(
             backbone,
             prompt,
@@ -147,12 +149,12 @@ class LLaDA2Story(io.ComfyNode):
             text_steps,
             text_temperature,
             on_step=on_step,
-            on_text=show,
+            on_text=show_story,
             on_codes=host.appearing(backbone.source, on_step),
             on_picture=_announce,
         )
         host.warn(*told.warnings)
-        show(told.markdown, final=True)
+        show_story(told.markdown, final=True)
         grids = [(grid,) for grid in host.named(backbone.source, told.grids)]
         return io.NodeOutput(host.listed(told.texts), host.listed(grids), told.markdown)
 

@@ -258,7 +258,9 @@ class ZImageDecode(io.ComfyNode):
         show = host.appearing_latent(checkpoint, on_step)
         latents = _sample(decoder.get(on_step, working), vq, options, on_step, show)
         working = VAE.working_bytes(checkpoint, latents, vae.load_device)
-        return io.NodeOutput(vae.get(on_step, working).decode(latents, on_step))
+        pictures = vae.get(on_step, working).decode(latents, on_step)
+        host.appeared(pictures[-1], on_step)
+        return io.NodeOutput(pictures)
 
 
 def _sample(

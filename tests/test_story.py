@@ -17,7 +17,7 @@ from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.checkpoint.layout import Checkpoint
 from llada2_mlx.errors import RequestError
 from llada2_mlx.progress import Progress
-from llada2_mlx.story import Story, tell, to_html, to_markdown
+from llada2_mlx.story import Story, tell, to_html, to_markdown, without_links
 from llada2_mlx.tokens import Tokens
 from llada2_mlx.vq import VQGrid
 
@@ -378,3 +378,8 @@ def test_a_page_shows_text_as_text() -> None:
 
 def test_markdown_of_what_is_not_there() -> None:
     assert to_markdown([]) == ""
+
+
+def test_a_story_without_links_keeps_all_else() -> None:
+    markdown = f"{ONE}\n\n![picture 1](picture_1.png)\n\n![picture 12](picture_12.png) ![this](elsewhere.png)"
+    assert without_links(markdown) == f"{ONE}\n\n[picture 1]\n\n[picture 12] ![this](elsewhere.png)"

@@ -17,7 +17,7 @@ from .graph import JOIN, check_codes, check_one_codebook, given, is_linked, list
 from .grids import check_grid, check_prefix, grid_fingerprint, grid_names, load_grid, save_grids, size_note
 from .memory import ManagedBackbone, ManagedPart, backbone, decoder, image_part
 from .native import comfy_decoder, comfy_vae, empty_latent
-from .preview import appearing, appearing_latent
+from .preview import appeared, appearing, appearing_latent
 from .progress import explains, progress, progress_text, readings, tell, warn
 from .validation import refusal
 
@@ -28,6 +28,7 @@ __all__ = [
     "JOIN",
     "ManagedBackbone",
     "ManagedPart",
+    "appeared",
     "appearing",
     "appearing_latent",
     "backbone",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from comfy.latent_formats import Flux
 from latent_preview import Latent2RGBPreviewer
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ...llada2_mlx.checkpoint.layout import Checkpoint, Part
 from ...llada2_mlx.errors import LLaDA2Error
@@ -59,6 +59,12 @@ def appearing_latent(found: Checkpoint, on_step: progress) -> Callable[[torch.Te
             on_step.preview(small.resize([scale * side for side in small.size], Image.Resampling.BILINEAR))
 
     return show
+
+
+def appeared(picture: torch.Tensor, on_step: progress) -> None:
+    """Shows a decoded picture, [height, width, 3] from 0 to 1, where its latents were seen: the last preview stays."""
+    pixels = (255 * picture.clamp(0, 1)).round().to(torch.uint8).cpu().numpy()
+    on_step.preview(ImageOps.contain(Image.fromarray(pixels), (_SIDE, _SIDE)))
 
 
 def latent_colours(found: Checkpoint) -> tuple[list[list[float]], list[float]]:

@@ -72,10 +72,6 @@ def page(front_end: str, browser, comfyui: tuple[Path, Path], base: Path, reques
     """The page that the tests of one front end share, because it takes long to open."""
     from editor import Editor
 
-    (base / "input").mkdir(exist_ok=True)
-    # ComfyUI's own picture, which an installation has in its input folder
-    shutil.copy(comfyui[0] / "input" / "example.png", base / "input")
-
     def opened(server: Comfy) -> Iterator:
         context = browser.new_context(viewport={"width": 1920, "height": 1080}, locale="en")
         yield Editor(context, server, ROOT / "build" / "browser" / front_end)

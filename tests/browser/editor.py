@@ -20,6 +20,7 @@ SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.RightSidePanel.IsOpen": False,
     "Comfy.VueNodes.Enabled": False,
+    "Comfy.OnboardingCoachmarks.Seen": ["appMode"],  # its tour would lie over the first app
 }
 # what the front end itself asks for and does not find: the user's own files in a new installation, a help page in the
 # user's language before the one for all of them, the sizes of models that ComfyUI's blueprints name, and its own graph
@@ -98,7 +99,9 @@ class Editor:
         expect(page.get_by_test_id("queue-button")).to_be_visible(timeout=LOAD_TIMEOUT)
         # not ComfyUI's own first graph, whose models are missing here
         page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
-        page.evaluate(LISTEN, [*ENDS, "executing", "executed", "progress_text", "b_preview_with_metadata"])
+        page.evaluate(
+            LISTEN, [*ENDS, "execution_cached", "executing", "executed", "progress_text", "b_preview_with_metadata"]
+        )
         return page
 
     def _hear(self, message: ConsoleMessage) -> None:
@@ -203,6 +206,11 @@ class Editor:
         kind, detail = found.json_value()
         return {"kind": kind, **(detail if isinstance(detail, dict) else {})}
 
+    def forget(self) -> None:
+        """Let the server forget what nodes gave, so that all of them run and show what a first run shows."""
+        self.server.post("/free", {"unload_models": False, "free_memory": True})
+        self.page.wait_for_timeout(SECOND)
+
     def run(self) -> dict[str, dict]:
         """Press Run and wait for its end: node -> what it gave the front end to show."""
         self.press_run()
@@ -211,6 +219,23 @@ class Editor:
         return {
             detail["display_node"]: detail["output"] for kind, detail in self.heard("executed") if detail.get("output")
         }
+
+    def run_app(self) -> Locator:
+        """Press Run of a template that is open as an app, and give the picture that it shows at the end."""
+        self.page.evaluate("window.heard.length = 0")
+        self.page.get_by_test_id("linear-run-button").get_by_role("button", name="Run", exact=True).click()
+        end = self.wait_for(*ENDS)
+        assert end["kind"] == "execution_success", end
+        (picture,) = [
+            file for _, detail in self.heard("executed") for file in (detail["output"] or {}).get("images", ())
+        ]
+        # the small ones below it are those of earlier runs
+        return self.page.locator(f"img.object-contain[src*='{picture['filename']}']")
+
+    def leave_app(self) -> None:
+        """From the app to its graph."""
+        self.command("Comfy.ToggleLinear")
+        expect(self.page.get_by_test_id("queue-button")).to_be_visible()
 
     def heard(self, kind: str) -> list[list]:
         return [event for event in self.page.evaluate("window.heard") if event[0] == kind]

@@ -11,9 +11,11 @@ import time
 
 import pytest
 from client import PACK, ROOT, Comfy, workflow
+from editor import SECOND
 from templates import TEMPLATES, WORKFLOWS
 
 NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
+BLUEPRINTS = sorted(path.stem for path in (ROOT / "subgraphs").glob("*.json"))
 # to open the page takes minutes where others use the cores too
 pytestmark = pytest.mark.timeout(1500)
 BOTH = pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes-2"])
@@ -40,15 +42,36 @@ def check_opened(editor, name: str) -> None:
 
 
 def check_run(editor, name: str, nodes_2: bool) -> None:
-    """It runs, what its nodes were given to show is seen, and no node hides another."""
+    """It runs, what its nodes were given to show is seen, and no node hides another, whatever each has to show."""
     roots = {str(node["id"]) for node in saved(name)["nodes"]}
+    if not nodes_2:  # what they show then stays
+        editor.forget()
     outputs = {node: output for node, output in editor.run().items() if node in roots}
     assert any(output.get("images") or output.get("text") for output in outputs.values())
+    assert nodes_2 or not [node for _, detail in editor.heard("execution_cached") for node in detail["nodes"]]
     editor.fit()
     editor.keep(f"{name}-{'nodes-2' if nodes_2 else 'canvas'}")
     assert not [node for node, output in outputs.items() if not editor.shows(node, output, nodes_2)]
+    # and what they said while they ran
+    said = {detail["nodeId"]: detail["text"] for _, detail in editor.heard("progress_text")}
+    assert not [
+        node for node, text in said.items() if node in roots and not editor.shows(node, {"text": [text]}, nodes_2)
+    ]
     assert not [node for node in editor.nodes() if node[2]]
     assert not editor.covered()
+
+
+def check_app(editor, name: str) -> None:
+    """It opens as an app that asks for what it shall ask for, and shows its picture; behind it is the graph."""
+    asked = [widget for _, widget in saved(name)["extra"]["linearData"]["inputs"]]
+    items = editor.page.get_by_test_id("app-mode-widget-item")
+    items.nth(len(asked) - 1).wait_for()
+    assert [item.inner_text().split()[0] for item in items.all()] == asked
+    picture = editor.run_app()
+    picture.wait_for()
+    editor.page.wait_for_function("picture => picture.naturalWidth > 0", arg=picture.element_handle())
+    editor.keep(f"{name}-app")
+    editor.leave_app()
 
 
 def test_the_front_end_is_the_one_that_is_tested(editor, front_end: str, comfyui) -> None:
@@ -63,7 +86,7 @@ def test_the_browser_of_templates_shows_ours_with_their_pictures(editor) -> None
     cards = editor.browse_templates()
     cards.nth(len(TEMPLATES) - 1).wait_for(state="attached")
     names = [card.get_attribute("data-testid").removeprefix("template-workflow-") for card in cards.all()]
-    assert sorted(names) == list(TEMPLATES)
+    assert names == list(TEMPLATES)  # in the order of learning
     editor.keep("templates")
     for card in cards.all():
         card.scroll_into_view_if_needed()  # a picture is fetched when it comes into view
@@ -82,6 +105,8 @@ def test_a_template_opens_runs_and_shows_its_picture(editor) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_template_does_with_either_kind_of_nodes(editor, name: str) -> None:
     check_opened(editor, name)
+    if name.endswith(".app"):
+        check_app(editor, name)
     check_run(editor, name, nodes_2=False)
     editor.set_nodes_2(True)
     assert not editor.cut()
@@ -108,6 +133,22 @@ def test_a_search_for_an_alias_finds_its_node(editor, name: str) -> None:
         field.fill(alias)
         expect_found(editor, info["display_name"])
     editor.page.keyboard.press("Escape")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_a_search_finds_a_blueprint_and_puts_it_on_the_canvas(editor, name: str) -> None:
+    editor.page.evaluate("app.graph.clear()")
+    editor.search().fill(name)
+    editor.found(name).first.click()
+    editor.page.wait_for_function("app.graph.nodes.length === 1 && !!app.graph.nodes[0].subgraph")
+    editor.page.mouse.click(400, 300)  # it follows the pointer until then
+    editor.fit()
+    editor.keep(f"blueprint-{name}")
+    nodes = editor.nodes()
+    inside = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text())["definitions"]["subgraphs"][0]["nodes"]
+    assert sorted(kind for _, kind, _ in nodes[1:]) == sorted(node["type"] for node in inside)
+    assert not [node for node in nodes if node[2]]
 
 
 @pytest.mark.parametrize("name", [NODES[0], *(pytest.param(name, marks=pytest.mark.whole) for name in NODES[1:])])
@@ -148,17 +189,18 @@ def test_a_wrong_value_shows_one_readable_error_on_its_widget(editor, nodes_2: b
 @pytest.mark.whole
 @BOTH
 def test_what_only_a_run_finds_is_told_on_the_node(editor, nodes_2: bool) -> None:
-    editor.load(workflow("text_to_image", **{"2": {"width": 300}}))
+    # not a width of 300, which front end 1.58 rounds to the widget's step
+    editor.load(workflow("codes_as_things", **{"5": {"left": 9}}))
     editor.set_nodes_2(nodes_2)
     editor.press_run()
-    assert editor.wait_for("execution_success", "execution_error")["node_id"] == "2"
+    end = editor.wait_for("execution_success", "execution_error")
+    assert (end["kind"], end.get("node_id")) == ("execution_error", "5")
     editor.error().wait_for()
+    editor.page.wait_for_timeout(SECOND)  # what is taken away is taken away by now
     editor.keep(f"error-{'nodes-2' if nodes_2 else 'canvas'}")
-    assert [node for node, _, wrong in editor.nodes() if wrong] == ["2"]
+    assert editor.page.evaluate("String(app.lastExecutionError?.node_id)") == "5"
     # beside the red node, in the same words
-    assert editor.shows(
-        "2", {"text": ["The width is 300; it has to be 0 (the model's own size) or a multiple of 64"]}, nodes_2
-    )
+    assert editor.shows("5", {"text": ["outside the grid of 8 x 8 codes", "Left has to be 0 to 7"]}, nodes_2)
 
 
 @pytest.mark.whole

@@ -1,11 +1,12 @@
 // How the nodes look at first sight: colours of their sockets, advanced inputs folded on the classic canvas too, and the
-// templates in the order of their numbers.
+// templates in the order of their numbers; and that what a node said stays on it.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const CATEGORY = "LLaDA2";
 const LEAST_WIDTH = 240; // a node's whole title; with the 60 that nodes with widgets get beside, the whole labels too
+const TEXT = "$$node-text-preview"; // the widget in which the front end shows a node's text
 const COLOURS = {
   LLADA2_BACKBONE: "#6c7bff",
   LLADA2_VQ: "#00cfc8",
@@ -13,6 +14,8 @@ const COLOURS = {
   LLADA2_CHAT: "#c6e03a",
   LLADA2_SPRINT: "#d98c5f",
 };
+
+const isOurs = (nodeData) => nodeData?.category?.split("/")[0] === CATEGORY;
 
 // A palette that names no colour for a type writes an empty one, whenever it is loaded: ours stands in for that.
 function offerColours(colours) {
@@ -68,6 +71,35 @@ function keepHeight(nodeType) {
   };
 }
 
+// "3", or "10:3" for node 3 of the subgraph that is node 10.
+function findNode(id) {
+  let [graph, node] = [app.graph];
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(part);
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+// Front end 1.58 takes a node's text away when the prompt has ended: an answer or a warning would be seen for a moment
+// only. Each of our nodes that lost its text gets the last one again.
+function keepTexts() {
+  const said = new Map(); // node -> what the front end was told to show on it
+  api.addEventListener("progress_text", ({ detail }) => {
+    const node = findNode(detail.nodeId);
+    if (isOurs(node?.constructor.nodeData)) said.set(node, detail);
+  });
+  const show = () => {
+    for (const [node, { nodeId, text }] of said) {
+      if (!node.graph) said.delete(node);
+      else if (node.graph === app.canvas.graph && text.trim() && !node.widgets?.some((widget) => widget.name === TEXT))
+        api.dispatchCustomEvent("progress_text", { nodeId, text });
+    }
+  };
+  for (const end of ["execution_success", "execution_error", "execution_interrupted"])
+    api.addEventListener(end, () => setTimeout(show));
+}
+
 // The server lists a pack's templates as they lie on the disk.
 function sortTemplates() {
   const templates = api.getWorkflowTemplates.bind(api);
@@ -81,15 +113,16 @@ function sortTemplates() {
 }
 
 app.registerExtension({
-  name: "LLaDA2.Appearance",
+  name: "llada2mlx.Appearance",
   init: sortTemplates,
   setup() {
     offerColours(app.canvas.default_connection_color_byType);
     offerColours(app.canvas.constructor.link_type_colors);
     offerStyles();
+    keepTexts();
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.category?.split("/")[0] !== CATEGORY) return;
+    if (!isOurs(nodeData)) return;
     foldAdvanced(nodeType);
     keepHeight(nodeType);
   },
