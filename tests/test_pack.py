@@ -55,6 +55,7 @@ FLOORS = (
     {"tasks"},
     {"chat", "story"},
     {"checkup", "shapes", "terminal"},
+    {"commands"},
     {"cli"},
 )
 

@@ -128,7 +128,7 @@ def test_an_edit_says_that_it_ran_without_sprint(comfy: Comfy) -> None:
 
 
 def test_several_pictures_are_drawn_together(comfy: Comfy) -> None:
-    pictures = pixels(comfy, workflow("draw_several"))
+    pictures = pixels(comfy, workflow("draw_several_pictures"))
     assert len(pictures) == 4 and len(set(pictures)) == 4
 
 

@@ -40,7 +40,7 @@ NAMES = sorted(set(TEMPLATES.values()))
 # run by tests of their own, because they show something else
 OTHERS = {
     "codes_as_things",
-    "draw_several",
+    "draw_several_pictures",
     "grow_a_picture",
     "redraw_a_part",
     "redraw_the_least_certain",
@@ -310,12 +310,12 @@ def test_a_size_out_of_bounds_is_one_error_on_its_widget(comfy: Comfy, side: int
         ("text_to_image", "2", {"prompt": " "}),
         ("text_to_image", "1", {"model": "gone"}),
         ("text_to_image", "3", {"model": "gone"}),
-        ("picture_codes_picture", "4", {"model": "gone"}),
+        ("picture_through_codes", "4", {"model": "gone"}),
     ],
 )
 def test_one_fault_is_one_error_on_its_widget(comfy: Comfy, name: str, node: str, inputs: dict) -> None:
     prompt = workflow(name, **{node: inputs})
-    if name == "picture_codes_picture":
+    if name == "picture_through_codes":
         del prompt["6"]
     assert faults(comfy.refused(prompt)) == [(node, *inputs)]
 
@@ -342,7 +342,7 @@ def test_stepping_up_from_0_goes_through_no_forbidden_size(comfy: Comfy) -> None
         ("edit_a_picture", "5", {"instruction": "\n"}, "The instruction is empty."),
         ("text_to_image", "1", {"model": "gone"}, "There is no model 'gone'. There are: Shapes"),
         ("text_to_image", "1", {"model": "empty"}, "has no complete backbone"),
-        ("picture_codes_picture", "4", {"model": "empty"}, "has no complete image tokenizer"),
+        ("picture_through_codes", "4", {"model": "empty"}, "has no complete image tokenizer"),
         ("text_to_image", "2", {"steps": 0}, "smaller than min"),
         ("text_to_image", "1", {"precision": "int3"}, "not in"),
         ("text_to_image", "2", {"width": "wide"}, "Failed to convert an input value to a INT value"),
@@ -355,7 +355,7 @@ def test_what_can_be_checked_is_refused_when_queueing(
     comfy: Comfy, name: str, node: str, inputs: dict, sentence: str
 ) -> None:
     prompt = workflow(name, **{node: inputs})
-    before = {"ask_about_a_picture": "9", "edit_a_picture": "7", "picture_codes_picture": "6"}.get(name)
+    before = {"ask_about_a_picture": "9", "edit_a_picture": "7", "picture_through_codes": "6"}.get(name)
     prompt.pop(before, None)  # saves the first picture, which nothing is wrong with, and ComfyUI would run that much
     assert sentence in comfy.refused(prompt)
 
