@@ -17,6 +17,7 @@ from .backbone.handle import Backbone, Steps
 from .backbone.network import LLaDA2
 from .backbone.session import Report
 from .backbone.sprint import Sprint
+from .backbone.working import Batch
 from .checkpoint.codebook import origin, require_same
 from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
@@ -402,7 +403,15 @@ def _draw(
     draft, vocabulary = _canvas(backbone, request.branches, size)
     check_length(len(request.conditional), len(draft.body), backbone.config.max_position_embeddings)
     step = _appearing(on_step, on_codes, vocabulary, lambda: (size, draft.body))
-    return _drawing(backbone, size, backbone.run(generate, draft, vocabulary, on_step=step, **options))
+    batch = _batch(options.get("seeds"), request, len(draft.body))
+    return _drawing(backbone, size, backbone.run(generate, draft, vocabulary, on_step=step, **batch, **options))
+
+
+def _batch(seeds: Sequence[int] | None, request: prompts.Prompt, length: int) -> dict[str, Batch]:
+    """What ``Backbone.run`` has to know of pictures that are drawn together, with so many positions after the prompt."""
+    if seeds is None or len(seeds) == 1:
+        return {}
+    return {"batch": Batch(len(seeds), len(request.branches), len(request.conditional) + length)}
 
 
 def _appearing(
@@ -518,9 +527,11 @@ def _think_and_draw(
         drawn = yield from generate(network, canvas, vocabulary, session=session, **options)
         return ids, chosen, replace(drawn, report=report + drawn.report)
 
-    _, codes = _canvas(backbone, [], size)
+    canvas, codes = _canvas(backbone, [], size)
     step = _appearing(on_step, on_codes, codes, lambda: begun[-1])
-    ids, chosen, done = backbone.run(job, on_step=_growing(backbone, step, on_text, ends, thinking.length, THINKING))
+    step = _growing(backbone, step, on_text, ends, thinking.length, THINKING)
+    batch = _batch(seeds, request, thinking.length + len(canvas.body))
+    ids, chosen, done = backbone.run(job, on_step=step, **batch)
     reasoning = tokens.decode(ids[:-4] if chosen else ids).strip()
     doubt = () if chosen == size else (_other_size(size, chosen),)
     return replace(_drawing(backbone, chosen or size, done), reasoning=reasoning, warnings=doubt)

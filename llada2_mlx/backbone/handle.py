@@ -34,7 +34,7 @@ from .precision import (
     scheme,
 )
 from .weights import check_backbone, load_backbone, stored_type
-from .working import fit
+from .working import Batch, batch_bytes, fit
 
 T = TypeVar("T")
 Steps = Generator[Progress, None, T]
@@ -145,19 +145,31 @@ class Backbone:
         self._model = None
         self._worker.call(mx.clear_cache)
 
-    def run(self, job: Callable[..., Steps[T]], *args: Any, on_step: OnStep = ignore, **options: Any) -> T:
+    def work_bytes(self, batch: Batch | None = None) -> int:
+        """Bytes that work takes beside the weights at most, for what fits the model's context; more for a batch."""
+        return self.working.size + (batch_bytes(self.config, self.dtype, batch) if batch else 0)
+
+    def run(
+        self,
+        job: Callable[..., Steps[T]],
+        *args: Any,
+        on_step: OnStep = ignore,
+        batch: Batch | None = None,
+        **options: Any,
+    ) -> T:
         """``job(network, *args, **options)``, step by step, with the weights loaded.
 
         Args:
             job: makes a generator of ``Progress`` whose return value is the result.
             on_step: called after each step in this thread; what it raises ends the job before the next one.
+            batch: what is drawn together, if several pictures are.
             options: of the job.
 
         Raises:
             LLaDA2Error: as ``load``, and what the job raises.
         """
         network = self.load(on_step)
-        wired = self.size + self.working.size
+        wired = self.size + self.work_bytes(batch)
         return self._worker.drive(job(network, *args, **options), on_step, wired, self.working.cache)
 
     def _read(self) -> Steps[LLaDA2]:

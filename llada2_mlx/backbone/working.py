@@ -44,6 +44,21 @@ class Working:
     fits: bool
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that are drawn together.
+
+    Args:
+        pictures: how many.
+        branches: of each.
+        positions: of a branch, with the prompt.
+    """
+
+    pictures: int
+    branches: int
+    positions: int
+
+
 def fit(config: BackboneConfig, dtype: mx.Dtype, left: int) -> Working:
     """The first of ``WAYS`` that fits into ``left`` bytes, else the last.
 
@@ -70,11 +85,23 @@ def work_bytes(config: BackboneConfig, dtype: mx.Dtype, piece: int, written: int
         branches: in one batch.
     """
     c = config
-    kept = WRITING * written * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.size
+    kept = WRITING * written * _kept_values(c) * dtype.size
     passing = branches * (piece + BLOCK) * position_values(c, written // branches) * VALUE
     head = HEAD * BLOCK * c.vocab_size * VALUE
     covariance = (min(COVARIANCE, 3 * c.vocab_size) + 2 * c.hidden_size) * c.hidden_size * VALUE
     return max(kept + passing + head, covariance)
+
+
+def batch_bytes(config: BackboneConfig, dtype: mx.Dtype, batch: Batch) -> int:
+    """Bytes at most that a batch takes more than its first picture alone.
+
+    The prompt is read once; then each picture has its keys and values, and in a step a finished block and the next one.
+    """
+    c, more = config, batch.pictures - 1
+    kept = WRITING * batch.branches * batch.positions * _kept_values(c) * dtype.size
+    passing = batch.branches * 2 * BLOCK * position_values(c, batch.positions) * VALUE
+    head = HEAD * BLOCK * (c.vocab_size - c.image_token_offset) * VALUE
+    return more * (kept + passing + head)
 
 
 def position_values(config: BackboneConfig, keys: int) -> int:
@@ -90,3 +117,8 @@ def position_values(config: BackboneConfig, keys: int) -> int:
     chosen = 3 * c.num_experts_per_tok * (c.hidden_size + c.moe_intermediate_size)
     sparse = chosen + 3 * c.num_shared_experts * c.moe_intermediate_size + 4 * c.num_experts
     return 10 * c.hidden_size + max(attention, dense, sparse)
+
+
+def _kept_values(config: BackboneConfig) -> int:
+    """Values of the keys and values of a position, in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

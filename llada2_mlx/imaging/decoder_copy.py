@@ -7,7 +7,7 @@ bits alone: with four, published ports of this network show grain.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,21 @@ from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors, safetenso
 from ..errors import CheckpointError, RequestError
 from ..files import holds_nothing, is_temporary, replacing
 from ..progress import Progress
+from ..vq import VQGrid
 from ..worker import on_cpu
+from .attention import SCORES
 from .decoder import EMBEDDER, stored
 from .device import read_config
-from .transformer_mlx import Config, ZImageTransformer
+from .flow import DecodeOptions
+from .prior import FEATURE_UPSAMPLING
+from .transformer_mlx import ADALN, FREQUENCIES, PIECE, TIME_HIDDEN, Config, ZImageTransformer
 
 BITS, GROUP_SIZES = 8, (64, 32)
+CACHE = 100_000_000  # bytes of freed buffers that MLX may keep while it decodes
+# What there is of a token at once, in units of the network's width: of each in a layer, and of those of a piece beside that
+IN_LAYER, IN_PIECE = 5, 16
+FEATURE, TURN = 4, 8  # bytes of a value of the condition on its way, and of a rotation
+WRITTEN = 1.5  # how often scores are there, where no kernel is fused
 STORED = ("BF16", "F16", "F32")
 _TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32}
 
@@ -143,6 +152,34 @@ def memory_bytes(folder: Path, quantised: bool) -> int:
     tensors = _copied(folder)[1] if quantised and block_of(folder) is None else check(folder)[1]
     run = run_type(tensors["x_pad_token"].dtype).size
     return sum(prod(info.shape) * (4 if info.dtype == "U32" else run) for info in tensors.values())
+
+
+def work_bytes(folder: Path, grids: Sequence[VQGrid], options: DecodeOptions) -> int:
+    """What decoding takes in memory beside the weights in MLX, with the buffers that MLX may keep; headers are read, no weights.
+
+    A layer has its input, queries, keys, values and its output of all tokens at once, and of a piece all that it makes on the way:
+    counted were half of that, but work that is given out ahead has its memory at once (``python -m benchmarks.decoding`` in
+    ``tests/``). Kept all the while are the features of all pictures and those of the other branch, which PyTorch has; of either
+    branch the refined condition and the rotations; and what a step cache remembers.
+
+    Raises:
+        CheckpointError: the weights are missing or damaged, or of another network.
+    """
+    path, config = weights_of(folder), config_of(folder)
+    embedder, token = stored(path, EMBEDDER, "x_pad_token")
+    (width, features), size = embedder.shape, run_type(token.dtype).size
+    codes, branches = grids[0].height * grids[0].width, 2 if options.guidance else 1
+    condition = codes * FEATURE_UPSAMPLING**2
+    tokens = condition + codes * options.upscale**2
+    layer, piece = tokens * width * size, min(tokens, PIECE)
+    turns = 2 * tokens * config.head_dim // 2 * TURN  # of the picture and the condition, together and each alone
+    kept = condition * features * FEATURE * (len(grids) + branches - 1) + branches * (condition * width * size + turns)
+    if options.cache_threshold:
+        kept += (2 * branches + 1) * layer  # what the first layer and the others added, and what they add to
+    entering = condition * (features * (FEATURE + 2 * size) + 2 * width * size)
+    embedding = 4 * (FREQUENCIES * TIME_HIDDEN + min(width, ADALN) * (TIME_HIDDEN + 4 * width))
+    scores = WRITTEN * min(config.n_heads * piece * tokens, SCORES) * 4 if on_cpu() else 0
+    return kept + CACHE + max(IN_LAYER * layer + IN_PIECE * piece * width * size + int(scores), entering, embedding)
 
 
 def own_copy(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid
 from ..worker import MLXWorker, wired_limit
 from .decoder import LatentDecoder, decoder_folder
-from .decoder_copy import block_of, check, convert_decoder, own_copy, run_type
+from .decoder_copy import CACHE, block_of, check, convert_decoder, own_copy, run_type
 from .flow import DecodeOptions, OnLatent, Tell
 from .step_cache import StepCache
 from .transformer_mlx import Context, Norms, ZImageTransformer
@@ -90,12 +90,11 @@ class MLXDecoder(LatentDecoder):
         """What a time makes of the transformer, computed once for both branches; to be called on the worker's thread."""
         if self._times is None or self._times[0] != time:
             self._times = time, self.transformer.times(time)
-            mx.eval([value for norms in self._times[1][1] for value in vars(norms).values()])
         return self._times[1]
 
     def drive(self, steps: Generator[Progress, None, np.ndarray], tell: Tell) -> np.ndarray:
         """Run a generator on the thread that the transformer lives on; ``tell()`` is called in this one."""
-        return self._worker.drive(steps, lambda _: tell())
+        return self._worker.drive(steps, lambda _: tell(), cache=CACHE)
 
     def _read(self, folder: Path, quantised: bool) -> Generator[Progress, None, ZImageTransformer]:
         if quantised and block_of(folder) is None:
@@ -137,8 +136,7 @@ class MLXVelocity:
     def _steps(self, time: float, latent: np.ndarray) -> Generator[Progress, None, np.ndarray]:
         transformer = self._decoder.transformer
         if self._context is None:
-            features = mx.array(self._condition.to(torch.float32).numpy())
-            self._context = transformer.context(features.astype(transformer.x_pad_token.dtype), latent.shape[1:])
+            self._context = transformer.context(self._features(), latent.shape[1:])
         steps = transformer.velocity(mx.array(latent), self._context, *self._decoder.times(time), self._cache)
         for done in range(1, self.pieces + 1):
             next(steps)
@@ -147,3 +145,10 @@ class MLXVelocity:
             next(steps)
         except StopIteration as stop:
             return np.array(stop.value)
+
+    def _features(self) -> mx.array:
+        """The condition, in the type that the transformer runs in."""
+        features = mx.array(self._condition.to(torch.float32).numpy())
+        features = features.astype(self._decoder.transformer.x_pad_token.dtype)
+        mx.eval(features)
+        return features

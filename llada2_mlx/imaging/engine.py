@@ -13,15 +13,11 @@ from ..progress import OnStep, ignore
 from ..vq import VQGrid
 from ..worker import machine_bytes
 from .attention import is_old
-from .decoder import AUTO, EMBEDDER, ENGINES, MLX, MLX_8BIT, TORCH, LatentDecoder, decoder_folder, stored
-from .decoder_copy import BITS, block_of, memory_bytes, run_type, weights_of
+from .decoder import AUTO, ENGINES, MLX, MLX_8BIT, TORCH, LatentDecoder, decoder_folder
+from .decoder_copy import BITS, block_of, memory_bytes, weights_of, work_bytes
 from .device import default_device
 from .flow import DecodeOptions
 from .transformer_torch import Decoder
-
-# MLX gives work out ahead, and what that needs is there at once: 29.4 values a token and unit of width were counted in a layer that
-# was evaluated whole, where PyTorch has 16. It is evaluated in parts since.
-MORE_IN_MLX = 2
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,8 @@ def plan(
     check_engine(checkpoint, part, engine)
     folder, device, reason = checkpoint.root / decoder_folder(part), device or default_device(), None
     whole = checkpoint.weight_bytes(part)
-    # MLX's attention writes no scores out. On a CPU it computes in float32 what is stored in bf16.
-    kind = stored(weights_of(folder), EMBEDDER)[0].dtype
-    wider = run_type(kind).size // (4 if kind == "F32" else 2)
-    in_mlx = MORE_IN_MLX * wider * Decoder.working_bytes(checkpoint, part, grids, options, torch.device("cpu"))
-    working = {MLX: in_mlx, MLX_8BIT: in_mlx}
-    working[TORCH] = Decoder.working_bytes(checkpoint, part, grids, options, device)
+    in_mlx = work_bytes(folder, grids, options)
+    working = {MLX: in_mlx, MLX_8BIT: in_mlx, TORCH: Decoder.working_bytes(checkpoint, part, grids, options, device)}
     quantised = block_of(folder) is not None
     if engine == AUTO:
         engine, reason = _choose(whole, working[TORCH], working[MLX], quantised, device)

@@ -7,7 +7,7 @@ after the other, because a call is bound by arithmetic and a batch of two would 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +20,7 @@ from .step_cache import StepCache
 
 ADALN = 256  # the time embedding has this width, or the network's where that is smaller
 FREQUENCIES, TIME_HIDDEN = 256, 1024  # of the time embedding
+PIECE = 1024  # tokens of which a layer makes what is many times their width, at most
 MULTIPLE = 32  # tokens of the picture and of the condition are padded to multiples of this
 QK_EPS, FINAL_EPS = 1e-5, 1e-6
 NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")  # in the order of ``Norms``
@@ -112,22 +113,19 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.norm_q, self.norm_k = (nn.RMSNorm(config.head_dim, eps=QK_EPS) for _ in range(2))
 
-    def __call__(self, x: mx.array, turns: Turns) -> mx.array:
-        """``x`` [1, length, dim] -> the same shape."""
+    def heads(self, x: mx.array, turns: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values [1, length, heads, head dim] of ``x`` [1, length, dim], turned."""
         split = lambda x: x.reshape(1, x.shape[1], -1, self.head_dim)
         q, k, v = split(self.to_q(x)), split(self.to_k(x)), split(self.to_v(x))
         if "norm_q" in self:
             q, k = self.norm_q(q), self.norm_k(k)
-        q, k = turns(q), turns(k)
-        mx.eval(q, k, v)  # or all that was made on the way would be in memory until the end of the layer; so below
+        return turned(q, turns), turned(k, turns), v
+
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """What some queries find in all keys and values, [1, queries, dim]."""
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        # queries in pieces: where no kernel has this head's width scores are written out, and macOS ends a kernel of seconds
-        piece = max(SCORES // (q.shape[1] * k.shape[2]), 1)
-        pieces = (q[:, :, start : start + piece] for start in range(0, q.shape[2], piece))
-        scale = self.head_dim**-0.5
-        out = [mx.fast.scaled_dot_product_attention(part, k, v, scale=scale) for part in pieces]
-        out = out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
-        return self.to_out[0](out.swapaxes(1, 2).reshape(x.shape))
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
+        return self.to_out[0](out.swapaxes(1, 2).reshape(1, q.shape[2], -1))
 
 
 class FeedForward(nn.Module):
@@ -169,10 +167,24 @@ class Layer(nn.Module):
         return Norms(*((w * factor).astype(w.dtype) for w, factor in zip(weights, factors)))
 
     def __call__(self, x: mx.array, turns: Turns, norms: Norms) -> mx.array:
+        """``x`` [1, length, dim] -> the same shape, evaluated."""
+        return joined([piece for (piece,) in self._pieces(x, turns, norms)])
+
+    def _pieces(self, x: mx.array, turns: Turns, norms: Norms) -> list[tuple[mx.array]]:
+        """The result in pieces: queries, keys and values are gone when they are joined."""
         normed = lambda x, weight: mx.fast.rms_norm(x, weight, self.eps)
-        x = x + normed(self.attention(normed(x, norms.before_attention), turns), norms.after_attention)
-        mx.eval(x)
-        return x + normed(self.feed_forward(normed(x, norms.before_feed_forward)), norms.after_feed_forward)
+        heads = lambda x, turns: self.attention.heads(normed(x, norms.before_attention), turns)
+        parts = [*zip(*in_pieces(heads, PIECE, x, turns.turns))]
+        q, k, v = (joined(parts.pop(0)) for _ in range(3))  # each lets its pieces go
+
+        def rest(x: mx.array, q: mx.array) -> tuple[mx.array]:
+            x = x + normed(self.attention(q, k, v), norms.after_attention)
+            mx.eval(x)
+            return (x + normed(self.feed_forward(normed(x, norms.before_feed_forward)), norms.after_feed_forward),)
+
+        # where no kernel has this head's width scores are written out, and macOS ends a kernel of seconds
+        fewer = max(SCORES // (q.shape[2] * k.shape[1]), 1)
+        return in_pieces(rest, min(PIECE, fewer), x, q)
 
 
 class FinalLayer(nn.Module):
@@ -204,6 +216,27 @@ class TimeEmbedder(nn.Module):
         return x[0]
 
 
+def in_pieces(function: Callable[..., tuple[mx.array, ...]], most: int, *given: mx.array) -> list[tuple[mx.array, ...]]:
+    """What a function of tokens gives, evaluated, for at most so many of them after the other: what it makes on the way is less.
+
+    Args:
+        function: gives arrays for arrays [1, length, ...]; what it makes of a token depends on no other one.
+        given: arrays [1, length, ...].
+    """
+    made = []
+    for start in range(0, given[0].shape[1], most):
+        made.append(function(*(x[:, start : start + most] for x in given)))
+        mx.eval(made[-1])
+    return made
+
+
+def joined(pieces: Sequence[mx.array]) -> mx.array:
+    """Pieces [1, length, ...] one after the other, evaluated."""
+    whole = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
+    mx.eval(whole)
+    return whole
+
+
 class Turns:
     """RoPE of tokens with a place each in three axes: the rotations, computed once in double precision.
 
@@ -219,12 +252,13 @@ class Turns:
             for place, width in zip(places.T, config.axes_dims)
         ]
         angles = np.concatenate(angles, axis=1).astype(np.float32)[None, :, None]
-        self.turns = mx.array(np.exp(1j * angles).astype(np.complex64))
+        self.turns = mx.array(np.exp(1j * angles).astype(np.complex64))  # [1, length, 1, head dim / 2]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """``x`` [1, length, heads, head dim], turned; the product is float32."""
-        pairs = x.astype(mx.float32).view(mx.complex64)
-        return (pairs * self.turns).view(mx.float32).astype(x.dtype)
+
+def turned(x: mx.array, turns: mx.array) -> mx.array:
+    """``x`` [1, length, heads, head dim], turned; the product is float32."""
+    pairs = x.astype(mx.float32).view(mx.complex64)
+    return (pairs * turns).view(mx.float32).astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -277,9 +311,9 @@ class ZImageTransformer(nn.Module):
         for layer in self.semantic_embedder:
             x = layer(x)
         x, turns = _padded(x, self.cap_pad_token), Turns(self.config, places)
+        mx.eval(x)
         for layer in self.context_refiner:
             x = layer(x, turns, layer.norms())
-            mx.eval(x)
         rows, columns = (side // self.config.patch for side in size)
         grid = np.stack(np.meshgrid([length + 1], np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
         grid = grid.reshape(-1, 3)
@@ -289,8 +323,13 @@ class ZImageTransformer(nn.Module):
 
     def times(self, time: float) -> tuple[mx.array, list[Norms]]:
         """The embedding of a time in 0 .. 1, and what it makes of the norms of ``timed_layers``: the same in all branches."""
-        embedding = self.t_embedder(np.float32(time) * np.float32(self.config.t_scale))
-        return embedding, [layer.norms(embedding) for layer in self.timed_layers]
+        embedding, made = self.t_embedder(np.float32(time) * np.float32(self.config.t_scale)), []
+        for layer in self.timed_layers:
+            made.append(layer.norms(embedding))
+            mx.eval(
+                [*vars(made[-1]).values()]
+            )  # one by one: for the float32 embedding a layer's matrix is made float32
+        return embedding, made
 
     def velocity(
         self,
@@ -313,12 +352,10 @@ class ZImageTransformer(nn.Module):
         x = _padded(self.all_x_embedder[own](patches), self.x_pad_token)
         for layer in self.noise_refiner:
             x = layer(x, context.picture, next(at))
-            mx.eval(x)
             yield
         x = mx.concatenate([x, context.tokens], axis=1)
         first, *others = self.layers
         before, x = x, first(x, context.everything, next(at))
-        mx.eval(x)
         yield
         known = cache.recall(before, x) if cache and others else None
         del before
@@ -326,7 +363,6 @@ class ZImageTransformer(nn.Module):
         for layer in others:
             if known is None:
                 x = layer(x, context.everything, next(at))
-                mx.eval(x)
             yield
         if known is not None:
             x = known

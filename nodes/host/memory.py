@@ -18,6 +18,7 @@ from .progress import progress, tell
 
 if TYPE_CHECKING:
     from ...llada2_mlx.backbone.handle import Backbone
+    from ...llada2_mlx.backbone.working import Batch
     from ...llada2_mlx.imaging.flow import DecodeOptions
     from ...llada2_mlx.progress import OnStep
     from ...llada2_mlx.tokens import Tokens
@@ -93,7 +94,8 @@ class ManagedPart(ModelPatcher):
 class ManagedBackbone(ManagedPart):
     """What the backbone socket carries: to ComfyUI a patcher, to ``llada2_mlx.tasks`` a backbone.
 
-    ``source`` is its name in the model lists. A task checks the request with the tokenizer and the config, and the weights are loaded when it runs the network.
+    ``source`` is its name in the model lists. A task checks the request with the tokenizer and the config, and the weights are loaded when it
+    runs the network; ComfyUI then makes room for them and for the work.
     """
 
     def __init__(self, handle: Backbone, model: str):
@@ -109,8 +111,11 @@ class ManagedBackbone(ManagedPart):
     def tokens(self) -> Tokens:
         return self._handle.tokens
 
-    def run(self, job: Callable, *args: Any, on_step: OnStep, **options: Any) -> Any:
-        return self.get(on_step).run(job, *args, on_step=on_step, **options)
+    def run(
+        self, job: Callable, *args: Any, on_step: OnStep = ignore, batch: Batch | None = None, **options: Any
+    ) -> Any:
+        backbone = self.get(on_step, self._handle.work_bytes(batch))
+        return backbone.run(job, *args, on_step=on_step, batch=batch, **options)
 
 
 # The one registry of parts, loaded or not: (kind, folder, ...) -> (state of its files, part).

@@ -20,7 +20,7 @@ from llada2_mlx.backbone.denoising import Draft, Vocabulary, generate
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.precision import choose, precision_bytes
-from llada2_mlx.backbone.working import WAYS, fit, position_values, work_bytes
+from llada2_mlx.backbone.working import WAYS, Batch, batch_bytes, fit, position_values, work_bytes
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.vq import VQGrid
 
@@ -45,6 +45,8 @@ COUNTED = {
     "small, 8 heads": (replace(SMALL, num_attention_heads=8, num_key_value_heads=4), 224, 1, {}),
     "small, 9 layers": (replace(SMALL, num_hidden_layers=9), 224, 1, {}),
     "middle": (MIDDLE, 96, 2, {}),
+    "small, four pictures": (SMALL, 96, 2, {"pictures": 4}),
+    "small, sixteen pictures": (SMALL, 96, 1, {"pictures": 16}),
 }
 
 
@@ -64,6 +66,29 @@ def test_what_is_reckoned_for_the_published_model(metal: None) -> None:
     assert of(512, 2 * 1184) == pytest.approx(0.79, abs=0.01)
     assert of(1024, 0) - of(512, 0) == pytest.approx(2 * 512 * 84_480 * 4 / 1e9, rel=0.01)
     assert of(1024, 8192) - of(1024, 0) == pytest.approx(8192 * 20 * 4 * 128 * 2 * 2 * 2 / 1e9, rel=0.01)
+
+
+def test_what_a_batch_takes_more(metal: None) -> None:
+    """As ``docs/performance.md`` says, for each picture of 1024 x 1024; and one alone takes no more."""
+    of = lambda pictures: batch_bytes(PUBLISHED, mx.bfloat16, Batch(pictures, 2, 160 + 1024))
+    assert of(1) == 0 and of(2) == pytest.approx(0.26e9, abs=0.005e9) and of(5) == 4 * of(2)
+
+
+def test_a_batch_is_told_to_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its pictures, branches and positions, drawn with thinking or without."""
+    shapes, seen, run = Backbone(Checkpoint(BUILT_IN), "float32"), [], Backbone.run
+
+    def note(self, *args, batch=None, **options):
+        seen.append(batch)
+        return run(self, *args, batch=batch, **options)
+
+    monkeypatch.setattr(Backbone, "run", note)
+    for pictures in (1, 3):
+        tasks.text_to_vq(shapes, "a red circle", 256, 256, pictures=pictures, sampling=Sampling(steps=1))
+    alone, together = seen
+    assert alone is None and (together.pictures, together.branches) == (3, 2)
+    assert 64 < together.positions < 64 + 100
+    assert shapes.work_bytes() == shapes.working.size < shapes.work_bytes(together)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from llada2_mlx.backbone.acceptance import Sampling
 from llada2_mlx.backbone.denoising import DENOISING, Draft, Vocabulary, generate
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.network import PREFILL, LLaDA2
-from llada2_mlx.backbone.working import BLOCK, work_bytes
+from llada2_mlx.backbone.working import BLOCK, Batch, batch_bytes, work_bytes
 from llada2_mlx.checkpoint.config import BackboneConfig
 from llada2_mlx.worker import MLXWorker
 
@@ -87,15 +87,18 @@ def peaks(
     piece: int = PREFILL,
     temperature: float = 0.0,
     text: bool = False,
+    pictures: int = 1,
 ) -> Peaks:
     """Two steps of one block after a prompt, in float32 with random weights; on a thread of its own.
 
     Args:
         piece: positions of a prompt in a pass.
         text: whether any id may be chosen, not image codes alone.
+        pictures: drawn together, two blocks of each.
     """
     worker = MLXWorker()
     made: dict[str, int] = {}
+    blocks = 1 if pictures == 1 else 2
 
     def job():
         model = LLaDA2(config)
@@ -112,7 +115,8 @@ def peaks(
         vocabulary = Vocabulary(MASK, first=0 if text else config.image_token_offset)
         top_p = 0.9 if temperature else 1.0
         steps = Sampling(block_length=BLOCK, steps=2, threshold=1.0, temperature=temperature, top_p=top_p)
-        return (yield from generate(model, Draft.blank(texts, BLOCK, MASK), vocabulary, steps, guidance))
+        draft = Draft.blank(texts, blocks * BLOCK, MASK)
+        return (yield from generate(model, draft, vocabulary, steps, guidance, seeds=range(pictures)))
 
     seen: list[tuple[str, int]] = []
 
@@ -124,7 +128,9 @@ def peaks(
     later = [size for phase, size in seen if phase == DENOISING][-1]
     rest = prompt % piece or piece
     largest = max(piece - BLOCK if prompt > piece else 0, rest // BLOCK * BLOCK)
-    reckoned = work_bytes(config, mx.float32, largest, branches * (prompt + BLOCK), branches)
+    written = prompt + blocks * BLOCK
+    reckoned = work_bytes(config, mx.float32, largest, branches * written, branches)
+    reckoned += batch_bytes(config, mx.float32, Batch(pictures, branches, written))
     return Peaks((largest + BLOCK) * branches, max(size for _, size in seen), later, reckoned)
 
 

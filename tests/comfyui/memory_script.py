@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import weakref
+from dataclasses import replace
 
 import mlx.core as mx
 import torch
@@ -124,6 +125,14 @@ assert tuple(pixels.shape) == (1, *sides, 3)
 assert (first, second) == ("decoder of shapes", "VAE of shapes") and not first_there and not second_there
 assert 10**6 < first_bytes < 10**8 and 36 * sides[0] * sides[1] < second_bytes < 10**8
 
+# so does a drawing, and a batch asks for more
+host.ManagedPart.get, asked[:] = noting, []
+for pictures in (1, 3):
+    tasks.text_to_vq(backbone, "a cat", pictures=pictures, on_step=ignore)
+host.ManagedPart.get = get
+(name, _, alone), (_, _, together) = asked
+assert name == "backbone of shapes" and alone == backbone.value.working.size > 10**6 and together > 10**5 + alone
+
 # in MLX it is a part of its own that gives the same picture, and all of it goes
 model_management.unload_all_models()
 gc.collect()
@@ -168,4 +177,14 @@ assert all(part.loaded_size() for part in parts)
 tensor = weakref.ref(parts[0].value)
 parts[2].get(ignore, working_bytes=int(capacity))
 assert parts[2].loaded_size() and not parts[0].loaded_size() and tensor() is None
+
+# the language model's work, too: what is loaded elsewhere goes where it does not fit beside
+parts, backbone.load_device = [parts[0], backbone], DEVICE
+handle = backbone.get(ignore)
+handle.working = replace(handle.working, size=10**10)
+for left, there in ((2e10, True), (6e9, False)):
+    capacity = left + sum(part.size for part in parts)
+    parts[0].get(ignore)
+    tasks.text_to_vq(backbone, "a cat", on_step=ignore)
+    assert backbone.loaded_size() and bool(parts[0].loaded_size()) == there
 print("all is well")
