@@ -44,6 +44,8 @@ KEPT_BITS = (
 WARM = 50  # prompts until everything has been loaded and every buffer has been used
 ALLOWED = 50e6  # bytes between the first prompts after that and the last
 client.START_TIMEOUT, client.RUN_TIMEOUT = 900, 900  # seconds: the machine may have other work
+# glibc puts large arrays onto its heap after a while, where what is free lies in pieces between what is used and stays
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 METER = Path(__file__).with_name("soak_meter.py")
 VARIANTS = 2  # of a template: with as many prompts
 SHIPPED = (
@@ -136,7 +138,7 @@ def soak(folder: Path, python: Path, base: Path, templates: list[str], count: in
     rng, tally, end = random.Random(seed), Tally(), time.monotonic() + seconds
     scenes = [SHIPPED, *((text, scene) for scene, text in islice(prompts(VARIANTS - 1), VARIANTS - 1))]
     # as it is started by default, ComfyUI keeps what every node gave until memory is short, and would seem to leak
-    with serve(folder, python, base, "--cache-classic", TMPDIR=str(base / "tmp")) as comfy:
+    with serve(folder, python, base, "--cache-classic", TMPDIR=str(base / "tmp"), **RETURNING) as comfy:
         for number in range(1, count + 1):
             if time.monotonic() > end:
                 break
