@@ -153,6 +153,8 @@ def test_templates_are_found_by_name_and_numbered_in_the_order_of_learning() -> 
     numbers = [TITLE.fullmatch(title)["number"] for title in TEMPLATES]
     assert numbers == sorted(set(numbers))
     assert all(title.lower().startswith("llada") and len(title) <= 34 for title in TEMPLATES)
+    words = [len(set(title.removesuffix(".app").lower().split())) for title in TEMPLATES]
+    assert min(words) == words[0]  # what has fewer different words would be found before the first
     readme = (ROOT / "README.md").read_text()
     assert re.findall(r"^\| (\d\d [^|]+?) \| `([^`|]+)` \|", readme, re.MULTILINE) == [
         (title.removeprefix("LLaDA2 ").removesuffix(".app"), name) for title, name in TEMPLATES.items()
