@@ -50,7 +50,8 @@ def newest_front_end() -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install '.[browser]'")
+    from playwright import sync_api as api
+
     path = os.environ.get("BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         pytest.skip("no chromium here; install one, or set BROWSER to its path")

@@ -11,8 +11,11 @@ import time
 
 import pytest
 from client import PACK, ROOT, Comfy, workflow
-from editor import SECOND
 from templates import TEMPLATES, WORKFLOWS
+
+pytest.importorskip("playwright.sync_api", reason="no playwright: pip install '.[browser]'")
+
+from editor import SECOND  # noqa: E402  it needs playwright
 
 NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
 BLUEPRINTS = sorted(path.stem for path in (ROOT / "subgraphs").glob("*.json"))

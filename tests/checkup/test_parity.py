@@ -50,7 +50,10 @@ def test_recording_gives_the_record() -> None:
     assert set(made) == set(kept)
     for name, value in kept.items():
         assert made[name].dtype == value.dtype
-        assert (np.array_equal if value.dtype.kind in "iu" else np.allclose)(made[name], value), name
+        if value.dtype.kind in "iu":
+            assert np.array_equal(made[name], value), name
+        else:  # another processor sums in another order
+            assert parity.relative(made[name], value) < 1e-5, name
     assert len(set(kept["encoded"].flatten())) > 20 and len(set(kept["drawn"].flatten())) > 20
 
 
