@@ -22,19 +22,17 @@ from .. import __version__
 from ..checkpoint.config import BackboneConfig
 from ..checkpoint.copies import (
     STATE,
-    alone,
     occupied,
     place_of,
     require_room,
     sizes_and_sums,
     state_of,
-    write_json,
-    writing,
+    written_alone,
 )
 from ..checkpoint.hub import repo_of
 from ..checkpoint.layout import INDEX, TOLD, WEIGHTS, Checkpoint, Part, safetensors_header, visible
 from ..errors import CheckpointError, RequestError
-from ..files import is_temporary, remove_temporary, replacing, summed
+from ..files import is_temporary, remove_temporary, replacing, summed, write_json
 from ..progress import Progress
 from .precision import GROUP_SIZE, Quantization, build, check_block, is_router, quantization_of, scheme
 from .weights import Reader, check_backbone
@@ -102,18 +100,16 @@ def convert(
         check_backbone(config, None, checkpoint.backbone_tensors(), checkpoint)
     size = size_of(config, block)
     wanted = _wanted(checkpoint, bits, group_size) if ready is None else _origin(ready.root)
-    with writing(copy):
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with alone(copy):
-            if replace and is_current(copy, checkpoint, bits, group_size):  # another program has just made it
-                return Checkpoint(copy)
-            partial = begin(copy, lambda origin: origin == wanted)
-            if ready is None:
-                require_room(partial, size - _written(partial), "The converted copy", ELSEWHERE)
-            if state_of(partial) is None:
-                write_json(partial / STATE, wanted | {"made": {}, "made_by": made_by()})
-            weight_map = yield from _layers(checkpoint, partial, block) if ready is None else _links(ready, partial)
-            finish(checkpoint, partial, copy, block, weight_map)
+    with written_alone(copy):
+        if replace and is_current(copy, checkpoint, bits, group_size):  # another program has just made it
+            return Checkpoint(copy)
+        partial = begin(copy, lambda origin: origin == wanted)
+        if ready is None:
+            require_room(partial, size - _written(partial), "The converted copy", ELSEWHERE)
+        if state_of(partial) is None:
+            write_json(partial / STATE, wanted | {"made": {}, "made_by": made_by()})
+        weight_map = yield from _layers(checkpoint, partial, block) if ready is None else _links(ready, partial)
+        finish(checkpoint, partial, copy, block, weight_map)
     return Checkpoint(copy)
 
 
@@ -224,7 +220,7 @@ def add_parts(checkpoint: Checkpoint, copy: Path) -> Generator[Progress, None, N
         LLaDA2Error: a file cannot be written; what is done is kept.
     """
     files = [path for part in Part if part is not Part.BACKBONE for path in checkpoint.files(part)]
-    with writing(copy), alone(copy):
+    with written_alone(copy):
         remove_temporary(copy)
         for number, path in enumerate(files, 1):
             target = copy / path.relative_to(checkpoint.root)

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint.copies import STATE, alone, state_of, write_json, writing
+from ..checkpoint.copies import STATE, alone, state_of, writing
 from ..checkpoint.hub import Arriving, again, cached, is_id
 from ..checkpoint.layout import (
     FILES,
@@ -32,7 +32,7 @@ from ..checkpoint.layout import (
     safetensors_header,
 )
 from ..errors import CheckpointError, RequestError
-from ..files import summed
+from ..files import summed, write_json
 from ..progress import OnStep, Progress, ignore
 from ..worker import MLXWorker
 from .convert import (

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import Timeout
 
 from ..errors import CheckpointError, LLaDA2Error
-from ..files import in_users_cache, locked, replacing, summed
+from ..files import in_users_cache, locked, summed
 from ..progress import amount
 
 STATE = "conversion.json"  # in a copy: what it was made of, and how
@@ -33,12 +33,6 @@ def state_of(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return state if isinstance(state, dict) else None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of a copy at once."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def sizes_and_sums(paths: Iterable[Path]) -> dict[str, list]:
@@ -105,3 +99,19 @@ def writing(copy: Path, kept: bool = True) -> Iterator[None]:
             f"{copy} cannot be written ({error.strerror or error}). Make room or allow writing there, and try again"
             f"{': what is done is kept' if kept else ''}."
         ) from error
+
+
+@contextmanager
+def written_alone(copy: Path, kept: bool = True) -> Iterator[None]:
+    """A copy is written that no other program works on meanwhile; the folder that it lies in is made.
+
+    Args:
+        kept: as in ``writing``.
+
+    Raises:
+        LLaDA2Error: another program does, or it cannot be written.
+    """
+    with writing(copy, kept):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with alone(copy):
+            yield

@@ -18,19 +18,17 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint.copies import (
     STATE,
-    alone,
     occupied,
     place_of,
     require_room,
     sizes_and_sums,
     state_of,
-    write_json,
-    writing,
+    written_alone,
 )
 from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint, TensorInfo, check_tensors, safetensors_header
 from ..errors import CheckpointError, RequestError
-from ..files import holds_nothing, is_temporary, replacing
+from ..files import holds_nothing, is_temporary, replacing, write_json
 from ..progress import Progress
 from ..vq import VQGrid
 from ..worker import on_cpu
@@ -224,20 +222,18 @@ def convert_decoder(folder: Path, copy: Path) -> Generator[Progress, None, Path]
     if copy.exists() and not (copy.is_dir() and (_is_copy(copy) or holds_nothing(copy))):
         raise RequestError(occupied(copy))
     source = weights_of(folder)
-    with writing(copy, kept=False):
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with alone(copy):
-            copy.mkdir(exist_ok=True)
-            write_json(copy / STATE, _wanted(folder) | {"whole": False})
-            for path in [*copy.iterdir()]:  # of a run that was killed, or of a source that was replaced
-                if is_temporary(path.name) or path.suffix == ".safetensors" or path.name == "config.json":
-                    path.unlink()
-            require_room(copy, sum(map(_bytes, tensors.values())), f"The decoder with {BITS} bits")
-            with replacing(copy / source.name) as partial:
-                yield from _stream(source, partial, block, tensors)
-            stated = Checkpoint(folder).json("config.json")
-            write_json(copy / "config.json", stated | {"quantization": block})
-            write_json(copy / STATE, _wanted(folder) | {"whole": True})
+    with written_alone(copy, kept=False):
+        copy.mkdir(exist_ok=True)
+        write_json(copy / STATE, _wanted(folder) | {"whole": False})
+        for path in [*copy.iterdir()]:  # of a run that was killed, or of a source that was replaced
+            if is_temporary(path.name) or path.suffix == ".safetensors" or path.name == "config.json":
+                path.unlink()
+        require_room(copy, sum(map(_bytes, tensors.values())), f"The decoder with {BITS} bits")
+        with replacing(copy / source.name) as partial:
+            yield from _stream(source, partial, block, tensors)
+        stated = Checkpoint(folder).json("config.json")
+        write_json(copy / "config.json", stated | {"quantization": block})
+        write_json(copy / STATE, _wanted(folder) | {"whole": True})
     return copy
 
 

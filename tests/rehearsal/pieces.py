@@ -18,6 +18,7 @@ from llada2_mlx.backbone.network import LLaDA2
 from llada2_mlx.backbone.weights import published_names
 from llada2_mlx.checkpoint.config import BackboneConfig
 from llada2_mlx.checkpoint.layout import INDEX
+from llada2_mlx.files import write_json
 from llada2_mlx.shapes.training import export
 
 SHARDS = 13
@@ -82,7 +83,7 @@ def write_backbone(folder: Path, config: BackboneConfig = BACKBONE) -> None:
         file = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
         write(folder / file, {name: shapes[name] for name in names}, values.of)
         weight_map |= dict.fromkeys(names, file)
-    export.write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
     export.write_text(folder, config, {})
 
 
@@ -98,9 +99,9 @@ def write_image_parts(folder: Path) -> None:
     tokenizer = _shapes(vision, "model.visual.") | _shapes(quantiser, "model.vqmodel.")
     write(folder / "image_tokenizer/image_tokenizer.safetensors", tokenizer, values.of)
     configs = {"vision_config": VISION, "vq_config": QUANTISER}
-    export.write_json(folder / "image_tokenizer/config.json", {"model_type": "glm_image", **configs})
+    write_json(folder / "image_tokenizer/config.json", {"model_type": "glm_image", **configs})
     normal = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    export.write_json(folder / "image_tokenizer/preprocessor_config.json", normal)
+    write_json(folder / "image_tokenizer/preprocessor_config.json", normal)
     write_drawing_parts(folder, values.of, lambda path, shapes: write(path, shapes, values.of))
 
 
@@ -131,9 +132,9 @@ def write_drawing_parts(
     renamed = {name.replace("cap_embedder", "semantic_embedder"): shape for name, shape in _shapes(transformer).items()}
     write_file(folder / "decoder-turbo/decoder_model.safetensors", renamed)
     stated = {"_class_name": "ZImageTransformer2DModel", **config, "cap_feat_dim": 2560}  # as published, and not true
-    export.write_json(folder / "decoder-turbo/config.json", stated)
+    write_json(folder / "decoder-turbo/config.json", stated)
     write_file(folder / "vae/diffusion_pytorch_model.safetensors", _shapes(vae))
-    export.write_json(folder / "vae/config.json", {"_class_name": "AutoencoderKL", **VAE})
+    write_json(folder / "vae/config.json", {"_class_name": "AutoencoderKL", **VAE})
 
 
 def write(path: Path, shapes: Shapes, value: Value) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ...checkpoint.config import BackboneConfig
+from ...files import write_json
 from .text import write_tokenizer
 
 Tensors = Mapping[str, torch.Tensor]
@@ -90,11 +90,6 @@ def write_vae(
     """The VAE; its config says how to scale and shift latents."""
     _save(folder / "vae/diffusion_pytorch_model.safetensors", model.state_dict(), dtype)
     write_json(folder / "vae/config.json", {"_class_name": "AutoencoderKL", **config})
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A config, as the published ones are written."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _save(path: Path, tensors: Tensors, dtype: torch.dtype) -> None:

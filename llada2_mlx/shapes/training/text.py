@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ...files import replacing
+from ...files import replacing, write_json
 from ..grammar import Change, Topic, caption, edit, placeless, plan, question
 from ..several import MOST_PICTURES, About, Loan, borrowing, pair_question, tale
 from ..world import scenes
@@ -55,7 +55,7 @@ def write_tokenizer(folder: Path, text_ids: int, sentences: Iterable[str] = ()) 
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def add_words(path: Path, text_ids: int, sentences: Iterable[str]) -> dict[int, list[int]]:
