@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint.config import BackboneConfig
 from ..errors import CheckpointError, RequestError
+from ..progress import amount
 from ..worker import machine_bytes as machine_bytes
 from ..worker import on_cpu
 from .network import PREFILL, LLaDA2
@@ -128,10 +129,10 @@ def choose_of(config: BackboneConfig, precisions: Sequence[str], memory: int) ->
     sizes = {name: precision_bytes(config, name) for name in precisions}
     works = {name: fit(config, run_type(name), memory - size) for name, size in sizes.items()}
     chosen = next((name for name, work in works.items() if work.fits), precisions[-1])
-    told = [f"{name} takes {size / 1e9:.1f} GB" for name, size in sizes.items()]
+    told = [f"{name} takes {amount(size)}" for name, size in sizes.items()]
     larger, work = told[: list(sizes).index(chosen)], works[chosen]
-    there = f"in the {memory / 1e9:.1f} GB that MLX may use on this machine"
-    needed = f"{told[len(larger)]}, and {work.size / 1e9:.1f} GB to work {there}"
+    there = f"in the {amount(memory)} that MLX may use on this machine"
+    needed = f"{told[len(larger)]}, and {amount(work.size)} to work {there}"
     if not work.fits:
         return chosen, f"Precision: {chosen}, the smallest; {needed}: {_too_large(work)}"
     smaller = f"; prompts are read in pieces of {work.piece} tokens" if work.piece < PREFILL else ""

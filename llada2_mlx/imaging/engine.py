@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint.layout import Checkpoint, Part
 from ..errors import RequestError
-from ..progress import OnStep, ignore
+from ..progress import OnStep, amount, ignore
 from ..vq import VQGrid
 from ..worker import machine_bytes
 from .attention import is_old
@@ -118,17 +118,17 @@ def _choose(
         return MLX, f"Decoder: MLX, because this one has {BITS} bits, which PyTorch does not run."
     if device.type != "mps":  # MLX is made for Apple silicon
         return TORCH, None
-    memory, gb = machine_bytes(), lambda count: f"{count / 1e9:.1f} GB"
-    there = f"in the {gb(memory)} that Metal recommends to use"
+    memory = machine_bytes()
+    there = f"in the {amount(memory)} that Metal recommends to use"
     if not is_old() and whole + work_torch <= memory:
-        return TORCH, f"Decoder: PyTorch. It takes {gb(whole)}, and {gb(work_torch)} to work, {there}."
+        return TORCH, f"Decoder: PyTorch. It takes {amount(whole)}, and {amount(work_torch)} to work, {there}."
     if whole + work_mlx > memory:
         return MLX_8BIT, (
-            f"Decoder: MLX with {BITS} bits. As it is it takes {gb(whole)}, and {gb(work_mlx)} to work, {there}."
+            f"Decoder: MLX with {BITS} bits. As it is it takes {amount(whole)}, and {amount(work_mlx)} to work, {there}."
         )
     if is_old():
         return MLX, (
             f"Decoder: MLX, because attention of PyTorch {torch.__version__.partition('+')[0]} on MPS is slow and writes its scores "
             "out; 2.13 or later does not."
         )
-    return MLX, f"Decoder: MLX. In PyTorch it takes {gb(whole)}, and {gb(work_torch)} to work, {there}."
+    return MLX, f"Decoder: MLX. In PyTorch it takes {amount(whole)}, and {amount(work_torch)} to work, {there}."
