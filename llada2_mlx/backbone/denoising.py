@@ -1,7 +1,7 @@
 """Block diffusion: block after block, masks are denoised in a few steps until none is left.
 
 A step runs the current block alone, against what the session keeps of everything before it. ``Method`` has the slower ways
-to the same tokens.
+to the same tokens. While a step runs, the graph of the next one is built; it is given out as soon as the tokens say that it is needed.
 
 Every function here runs on the backbone's own thread (see ``handle.py``).
 """
@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -108,6 +109,22 @@ class Generation:
         return ids
 
 
+class _State(NamedTuple):
+    """How far a generation has come, in arrays that MLX may still be computing.
+
+    Args:
+        tokens: ids of all branches, integers [pictures * branches, positions].
+        confidence: the probability with which each was accepted, float32 [pictures, positions].
+        block: the ids of each picture's block.
+        finite: whether the last step's probabilities are.
+    """
+
+    tokens: mx.array
+    confidence: mx.array
+    block: mx.array | None = None
+    finite: mx.array | None = None
+
+
 def generate(
     model: LLaDA2,
     draft: Draft,
@@ -178,44 +195,69 @@ def generate(
     tokens = _padded(session, done)
     done[:, :prompt] = session.ids[::branches]
     runner = _runner(model, session, guidance, report, vocabulary, method, sprint)
-    confidence, generated = mx.zeros(done.shape), [[]]
+    state, generated = _State(tokens, mx.zeros(done.shape)), [[]]
     # a key for each step, so that a draw does not depend on what was drawn before
     random = [mx.random.split(mx.random.key(seed), max(len(blocks), 1) * steps) for seed in seeds]
+
+    def denoised(state: _State, number: int, here: slice, step: int) -> _State:
+        """What a step makes of a block; nothing is computed yet."""
+        keys = [own[number * steps + step] for own in random]
+        tokens, confidence = state.tokens[...], state.confidence[...]  # the state before stays as it is
+        found = draw_candidates(runner.logits(tokens, here), sampling, keys)
+        accepted = acceptance(found, tokens[::branches, here] == vocabulary.mask, step, keys)
+        choice = (found.tokens + vocabulary.first).astype(tokens.dtype)
+        every = lambda picture: mx.repeat(picture, branches, axis=0)
+        # a branch keeps what its own prompt has at that position
+        free = every(accepted) & (tokens[:, here] == vocabulary.mask)
+        tokens[:, here] = mx.where(free, every(choice), tokens[:, here])
+        confidence[:, here] = mx.where(accepted, found.probability, confidence[:, here])
+        return _State(tokens, confidence, tokens[::branches, here], mx.isfinite(found.probability).all())
+
     for number, block in enumerate(blocks):
         report.blocks += 1
         here = slice(block * size, (block + 1) * size)
-        for position in runner.prefill(tokens, here.start):
+        for position in runner.prefill(state.tokens, here.start):
             yield Progress("reading the prompt", position, here.start)
+        following = denoised(state, number, here, 0)
+        _give_out(following)
         for step in range(steps):
-            keys = [own[number * steps + step] for own in random]
-            found = draw_candidates(runner.logits(tokens, here), sampling, keys)
-            accepted = acceptance(found, tokens[::branches, here] == vocabulary.mask, step, keys)
-            choice = (found.tokens + vocabulary.first).astype(tokens.dtype)
-            every = lambda picture: mx.repeat(picture, branches, axis=0)
-            # a branch keeps what its own prompt has at that position
-            free = every(accepted) & (tokens[:, here] == vocabulary.mask)
-            tokens[:, here] = mx.where(free, every(choice), tokens[:, here])
-            confidence[:, here] = mx.where(accepted, found.probability, confidence[:, here])
+            state, following = following, None
+            # the next step's graph is built while this one runs
+            take_back = runner.look_ahead() if step + 1 < steps else None
+            if take_back is not None:
+                following = denoised(state, number, here, step + 1)
+                report.ahead += 1
             report.steps += 1
-            done[:, here], finite = _fetch(report, tokens, here, branches, confidence, found.probability)
+            done[:, here], finite = _fetch(report, state)
             if not finite:
                 raise LLaDA2Error(
                     "The network's output is not finite (NaN or infinity): its weights or their precision are at fault."
                 )
             generated = done[:, prompt : here.stop].tolist()
-            yield Progress(phase, number * steps + step + 1, len(blocks) * steps, tuple(generated[0]))
-            if all(vocabulary.mask not in vocabulary.through_end(ids) for ids in generated) or (
+            finished = all(vocabulary.mask not in vocabulary.through_end(ids) for ids in generated) or (
                 vocabulary.mask not in done[:, here]
-            ):
+            )
+            if not finished and step + 1 < steps:
+                take_back = None  # the old keys and values may be written over
+                if following is None:
+                    following = denoised(state, number, here, step + 1)
+                _give_out(following)  # it runs while others look at this one
+            elif take_back is not None:
+                take_back()
+                report.dropped += 1
+            yield Progress(phase, number * steps + step + 1, len(blocks) * steps, tuple(generated[0]))
+            if finished:
                 break
         # a mask that is left is one that the model chose itself; the end may stand behind it
         if all(map(vocabulary.has_end, generated)):
             break
 
     written = [vocabulary.through_end(ids) for ids in done[:, prompt : prompt + length].tolist()]
-    session.ids = np.array(tokens)[:, : prompt + len(written[0])]
+    session.ids = np.array(state.tokens)[:, : prompt + len(written[0])]
     session.trim(len(session))
-    certain = np.where(np.array(draft.body) == vocabulary.mask, np.array(confidence)[:, prompt : prompt + length], 1)
+    certain = np.where(
+        np.array(draft.body) == vocabulary.mask, np.array(state.confidence)[:, prompt : prompt + length], 1
+    )
     report.seconds = time.perf_counter() - began
     return Generation(written, report, session if keep else None, certain.astype(np.float32))
 
@@ -307,11 +349,13 @@ def check_length(prompt: int, length: int, most: int) -> None:
         )
 
 
-def _fetch(
-    report: Report, tokens: mx.array, here: slice, branches: int, confidence: mx.array, probability: mx.array
-) -> tuple[np.ndarray, bool]:
+def _give_out(state: _State) -> None:
+    """Let MLX begin with a step; the host does not wait."""
+    mx.async_eval(*state)
+
+
+def _fetch(report: Report, state: _State) -> tuple[np.ndarray, bool]:
     """The block's ids in each picture, and whether the step was finite: the one time in a step that the host waits."""
-    block, finite = tokens[::branches, here], mx.isfinite(probability).all()
-    mx.eval(block, finite, tokens, confidence)
+    mx.eval(*state)
     report.syncs += 1
-    return np.array(block), finite.item()
+    return np.array(state.block), state.finite.item()

@@ -6,7 +6,7 @@ keys and values of a finished block never change. A session keeps them, and a ge
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -24,7 +24,8 @@ class Report:
 
     ``positions`` counts each branch's positions that went through the network; ``pairs`` the queries times the keys that
     each layer's attention was given; ``head_rows`` the rows of the output head that were multiplied, summed over steps
-    and products; ``syncs`` how often the host waited.
+    and products; ``syncs`` how often the host waited; ``ahead`` the steps whose graph was there before the step before was
+    read, and ``dropped`` those of them that were not needed, and so never run.
     """
 
     blocks: int = 0
@@ -33,6 +34,8 @@ class Report:
     pairs: int = 0
     head_rows: int = 0
     syncs: int = 0
+    ahead: int = 0
+    dropped: int = 0
     branches: int = 1
     seconds: float = 0.0
 
@@ -99,6 +102,10 @@ class PrefixCache:
                 array = mx.pad(array, ((0, 0), (0, 0), (0, missing), (0, 0)))
             rows.append(array[:, :, : self.capacity] if missing < 0 else array)
         return rows[0] if len(rows) == 1 else mx.concatenate(rows)
+
+    def copy(self) -> PrefixCache:
+        """A cache of its own with what is there."""
+        return PrefixCache(self._parts, self.capacity)
 
     def fork(self, rows: Sequence[int]) -> PrefixCache:
         """A cache of its own with some rows of what is there."""
@@ -226,8 +233,8 @@ def block_mask(start: int, end: int, size: int, first: mx.array | None) -> mx.ar
     return mx.reshape(mask, (-1, 1, end - start, end))
 
 
-class BatchedRunner:
-    """All branches of all pictures as one batch, so that a step reads each expert's weights once; guidance on hidden states.
+class Runner:
+    """What a step's logits come from.
 
     The session's branches are those of the first picture, then those of the second, and so on.
     """
@@ -235,17 +242,49 @@ class BatchedRunner:
     def __init__(self, model: LLaDA2, session: Session, guidance: Guidance, report: Report, rows: slice):
         self.model, self.session, self.guidance, self.report, self.rows = model, session, guidance, report, rows
         self.size = session.block_length
+
+    def prefill(self, tokens: mx.array, end: int, whole: bool = False) -> Generator[int, None, None]:
+        """Put finished blocks into the cache, if there is one.
+
+        Args:
+            whole: all of them; else all but what fits into one pass, which the next step takes along.
+        """
+        yield from ()
+
+    def logits(self, tokens: mx.array, here: slice) -> mx.array:
+        """Guided logits of the block ``here``: [pictures, block length, rows that may be chosen]; nothing is computed yet."""
+        raise NotImplementedError
+
+    def look_ahead(self) -> Callable[[], None] | None:
+        """To be called before the logits of a later step of the block are asked for that may not be needed.
+
+        Returns:
+            What takes back all that asking changed. To let go of it means that they are needed: only then may MLX write the new keys
+            and values over the old. None where they need tokens that the host has not read.
+        """
+        session, report, layers = self.session, self.report, self.session.layers
+        counted = report.positions, report.pairs, report.head_rows
+        if layers is not None:
+            session.layers = [layer.copy() for layer in layers]
+
+        def take_back() -> None:
+            session.layers = layers
+            report.positions, report.pairs, report.head_rows = counted
+
+        return take_back
+
+
+class BatchedRunner(Runner):
+    """All branches of all pictures as one batch, so that a step reads each expert's weights once; guidance on hidden states."""
+
+    def __init__(self, model: LLaDA2, session: Session, guidance: Guidance, report: Report, rows: slice):
+        super().__init__(model, session, guidance, report, rows)
         self.begins = mx.array(session.begins, dtype=mx.int32) if any(session.begins) else None
         self.span, self.mask = None, None
         if guidance.rescale:
             _ = model.head_covariance  # made now, not in the first step
 
     def prefill(self, tokens: mx.array, end: int, whole: bool = False) -> Generator[int, None, None]:
-        """Put finished blocks into the cache.
-
-        Args:
-            whole: all of them; else all but what fits into one pass, which the next step takes along.
-        """
         session, chunk = self.session, max(self.model.prefill // self.size, 1) * self.size
         while session.layers is not None and end - session.final > (0 if whole else chunk):
             start, stop = session.final, min(session.final + chunk, end)
@@ -256,7 +295,6 @@ class BatchedRunner:
             yield session.final
 
     def logits(self, tokens: mx.array, here: slice) -> mx.array:
-        """Guided logits of the block ``here``: [pictures, block length, rows that may be chosen]."""
         start = self.session.final if self.session.layers is not None else 0
         hidden = self._run(tokens, start, here.stop)
         if self.session.layers is not None:
@@ -285,15 +323,8 @@ class BatchedRunner:
         """Called with the hidden states of positions that become final."""
 
 
-class PlainRunner:
+class PlainRunner(Runner):
     """The reference: no cache, one branch after the other from position 0, logits of the whole vocabulary."""
-
-    def __init__(self, model: LLaDA2, session: Session, guidance: Guidance, report: Report, rows: slice):
-        self.model, self.session, self.guidance, self.report, self.rows = model, session, guidance, report, rows
-        self.size = session.block_length
-
-    def prefill(self, tokens: mx.array, end: int, whole: bool = False) -> Generator[int, None, None]:
-        yield from ()
 
     def logits(self, tokens: mx.array, here: slice) -> mx.array:
         begins = enumerate(self.session.begins)

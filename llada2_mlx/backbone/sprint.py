@@ -6,7 +6,7 @@ run the block against those. Source: the published LLaDA2.0-Uni code (arXiv:2604
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -159,6 +159,17 @@ class SprintRunner(BatchedRunner):
         self.report.positions += len(self.session.begins) * self.size
         self.report.pairs += self.pairs
         return self._guided(self.model(tokens[:, here], self._positions(here), self.seen, self.kept))
+
+    def look_ahead(self) -> Callable[[], None] | None:
+        if self.block and self.kept is None and self.steps >= self.sprint.warm_up:
+            return None  # what is kept of the prefix is chosen by its tokens
+        take_back, steps = super().look_ahead(), self.steps
+
+        def take_back_all() -> None:
+            self.steps = steps
+            take_back()
+
+        return take_back_all
 
     def _finish(self, hidden: mx.array) -> None:
         if not self.sprint.by_confidence:

@@ -1,4 +1,4 @@
-"""What could be done before a step's tokens are known: how often the next state of a block is guessed right, and what the host takes.
+"""What can be done before a step's tokens are known: how often the next state of a block is guessed right, and how long the network waits.
 
 ``python -m benchmarks.ahead`` in ``tests/``. The guess is what the step's own candidates would give if the next step found the same:
 the rule of acceptance, applied once more to what is left. (Self-speculation, arXiv:2603.25702.)
@@ -21,6 +21,7 @@ from llada2_mlx import tasks
 from llada2_mlx.backbone import denoising
 from llada2_mlx.backbone.acceptance import Acceptance, Candidates, Sampling
 from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.backbone.session import Report, Runner
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.shapes import measures
 
@@ -29,18 +30,10 @@ from .accuracy import GOLDEN
 
 @dataclass
 class Guesses:
-    """How many next states were guessed, and how many of them came; ``blocks`` and ``steps`` were run, ``last`` used all their steps."""
+    """How many next states were guessed, and how many of them came."""
 
     made: int = 0
     held: int = 0
-    blocks: int = 0
-    steps: int = 0
-    last: int = 0
-
-    @property
-    def thrown(self) -> int:
-        """Steps that would have run for nothing, had each been given out before the one before it was read."""
-        return self.blocks - self.last
 
 
 @dataclass
@@ -55,9 +48,6 @@ class Guessing:
     def __call__(self, candidates: Candidates, masked: mx.array, step: int, keys: Sequence[mx.array]) -> mx.array:
         accepted = self.own(candidates, masked, step, keys)
         found, now = self.found, _state(candidates, accepted)
-        found.blocks += step == 0
-        found.steps += 1
-        found.last += step == self.steps - 1
         if step and self.guess is not None:
             found.made += 1
             found.held += all(map(np.array_equal, self.guess, now))
@@ -72,29 +62,56 @@ def _state(candidates: Candidates, accepted: mx.array) -> tuple[np.ndarray, np.n
     return np.array(accepted), np.array(mx.where(accepted, candidates.tokens, 0))
 
 
+# Every step's graph is built when the tokens of the one before are known.
+WHEN_NEEDED = patch.object(Runner, "look_ahead", lambda self: None)
+
+
 def guesses(work: Callable[[], object]) -> Guesses:
     """What was guessed while ``work`` generates."""
     found, make = Guesses(), denoising._acceptance
     guessing = lambda size, steps, *rest: Guessing(make(size, steps, *rest), steps, found)
-    with patch.object(denoising, "_acceptance", guessing):
+    with patch.object(denoising, "_acceptance", guessing), WHEN_NEEDED:
         work()
     return found
 
 
-def host_seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Median seconds a step between two evaluations, in which the network waits for the host; and those of an evaluation."""
-    fetch, times = denoising._fetch, []
+def built(work: Callable[[], object]) -> Report:
+    """What all generations of ``work`` did together."""
+    reports, generate = [], Backbone.run
 
-    def timed(*args):
-        began = time.perf_counter()
-        result = fetch(*args)
-        times.append((began, time.perf_counter()))
+    def counted(self, job, *args, **options):
+        result = generate(self, job, *args, **options)
+        reports.append(result.report)
         return result
 
-    with patch.object(denoising, "_fetch", timed):
+    with patch.object(Backbone, "run", counted):
         work()
-    between = [began - before for (_, before), (began, _) in zip(times, times[1:])]
-    return statistics.median(between), statistics.median(end - began for began, end in times)
+    return sum(reports, Report())
+
+
+def waits(work: Callable[[], object]) -> tuple[float, float]:
+    """Median seconds from the end of a step to the next one's beginning; and those that the host then waits for it."""
+    give_out, fetch = denoising._give_out, denoising._fetch
+    read, idle, running = None, [], []
+
+    def timed_give_out(*args):
+        nonlocal read
+        if read is not None:
+            idle.append(time.perf_counter() - read)
+        read = None
+        return give_out(*args)
+
+    def timed_fetch(*args):
+        nonlocal read
+        began = time.perf_counter()
+        result = fetch(*args)
+        read = time.perf_counter()
+        running.append(read - began)
+        return result
+
+    with patch.object(denoising, "_give_out", timed_give_out), patch.object(denoising, "_fetch", timed_fetch):
+        work()
+    return statistics.median(idle), statistics.median(running)
 
 
 def works(prompts: int) -> dict[str, Callable[[], object]]:
@@ -121,14 +138,20 @@ def main(tell: Callable[[str], None] = print) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.ahead", description=main.__doc__)
     parser.add_argument("--prompts", type=int, default=10)
-    tell("| what | blocks | steps | guesses | held | steps thrown away | ms for the host | ms for the network |")
-    tell("|---|---|---|---|---|---|---|---|")
+    tell(
+        "| what | guesses | held | blocks | steps | built ahead | dropped | ms between steps, built when needed | ahead | ms waited for a step |"
+    )
+    tell("|---|---|---|---|---|---|---|---|---|---|")
     for name, work in works(parser.parse_args().prompts).items():
-        found, (host, network) = guesses(work), host_seconds(work)
+        found, report = guesses(work), built(work)
+        with WHEN_NEEDED:
+            before, _ = waits(work)
+        after, network = waits(work)
         held = f"{100 * found.held / found.made:.0f} %" if found.made else ""
-        thrown = f"{found.thrown} ({100 * found.thrown / found.steps:.0f} %)"
-        figures = f"{found.made} | {held} | {thrown} | {1000 * host:.1f} | {1000 * network:.1f}"
-        tell(f"| {name} | {found.blocks} | {found.steps} | {figures} |")
+        counts = f"{report.blocks} | {report.steps} | {report.ahead} | {report.dropped}"
+        tell(
+            f"| {name} | {found.made} | {held} | {counts} | {1000 * before:.2f} | {1000 * after:.2f} | {1000 * network:.1f} |"
+        )
 
 
 if __name__ == "__main__":
