@@ -191,23 +191,22 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance", type=float, help="1: none (default: 4 where the whole picture is seen, else 2)"
     )
     redrawing.add_argument("--image-guidance", type=float, default=0.0, help="where the whole picture is seen; 0: none")
-    seeing = lambda default: {
-        "choices": SEEING,
-        "default": default,
-        "help": f"what the model sees: the whole picture, and the text is an "
-        f"instruction; or what comes before, and the text describes the picture (default: {default})",
-    }
+    redrawing.add_argument(
+        "--seeing",
+        choices=SEEING,
+        default="before",
+        help="what the model sees: what comes before, and the text describes the picture; or the whole picture, and the text is an "
+        "instruction (default: before)",
+    )
 
     p = add(commands.redraw, sampling, guided, to_file, decoding, in_engine, encoding, redrawing)
     p.add_argument("mask", help="a picture of any size, white where the other is to be redrawn")
     p.add_argument("text")
-    p.add_argument("--seeing", **seeing("picture"))
     p.add_argument("--mask-threshold", type=float, default=0.1, help="the part of a code that has to be covered")
     p.add_argument("--mask-grow", type=int, default=0, help="codes by which the mask grows")
 
     p = add(commands.grow, sampling, guided, to_file, decoding, in_engine, encoding, redrawing)
     p.add_argument("text")
-    p.add_argument("--seeing", **seeing("before"))
     for side in ("left", "top", "right", "bottom"):
         p.add_argument(f"--{side}", type=int, default=0, help="codes to add there")
 

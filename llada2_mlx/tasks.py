@@ -202,7 +202,7 @@ def redraw(
     grid: VQGrid,
     masked: np.ndarray,
     text: str,
-    seeing: Seeing = Seeing.PICTURE,
+    seeing: Seeing = Seeing.BEFORE,
     guidance: float | None = None,
     image_guidance: float = 0.0,
     rescale: float = 0.7,

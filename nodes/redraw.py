@@ -25,7 +25,7 @@ _WHOLE, _BEFORE = (each.value for each in prompts.Seeing)
 _MOST = 255  # codes on a side that a size token can say
 
 
-def _shared_inputs(seen: str) -> list[io.Input]:
+def _shared_inputs() -> list[io.Input]:
     """Inputs from what is written to how: the same for both nodes."""
     return [
         io.String.Input(
@@ -39,7 +39,7 @@ def _shared_inputs(seen: str) -> list[io.Input]:
         io.Combo.Input(
             "seeing",
             options=[_WHOLE, _BEFORE],
-            default=seen,
+            default=_BEFORE,
             tooltip=f"{_WHOLE}: it is read first, as when it is edited, so that the new part can fit all of it. {_BEFORE}: only the "
             "rows above and what is close, as when it is drawn; less work.",
         ),
@@ -87,7 +87,7 @@ class LLaDA2Redraw(io.ComfyNode):
                     tooltip="What is drawn anew, such as the mask painted in Load Image. It is fitted to the grid as the picture is: scaled "
                     "to cover it, and the middle counts. One for all pictures of a batch, or one for each.",
                 ),
-                *_shared_inputs(_WHOLE),
+                *_shared_inputs(),
                 io.Float.Input(
                     "mask_threshold",
                     default=0.1,
@@ -156,7 +156,7 @@ class LLaDA2Grow(io.ComfyNode):
                     "vq", lazy=True, tooltip="The picture, from SigLIP-VQ Encode with purpose edit, or drawn."
                 ),
                 *(side(name) for name in ("left", "top", "right", "bottom")),
-                *_shared_inputs(_BEFORE),
+                *_shared_inputs(),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.dynprompt],

@@ -64,7 +64,7 @@ def test_all_masked_is_drawing(backbone: Backbone) -> None:
 
 def test_all_masked_with_the_picture_in_sight_is_an_edit(backbone: Backbone) -> None:
     everything, before = np.ones((16, 16), bool), grid(backbone)
-    redrawn = tasks.redraw(backbone, before, everything, "make it red", sampling=SAMPLING)
+    redrawn = tasks.redraw(backbone, before, everything, "make it red", Seeing.PICTURE, sampling=SAMPLING)
     assert redrawn.grid == tasks.edit(backbone, before, "make it red", sampling=SAMPLING).grid
 
 

@@ -41,12 +41,16 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--scenes", type=int, default=20)
+    parser.add_argument(
+        "--ways", type=int, default=len(WAYS), help="so many of the ways, from the first (default: all)"
+    )
+    arguments = parser.parse_args()
     studio, rng, rows = Studio(), random.Random("test redraw"), defaultdict(list)
-    for scene, made, place in islice(changes(), parser.parse_args().scenes):
+    for scene, made, place in islice(changes(), arguments.scenes):
         mask = quarter(place)
         grid = studio.tokenizer.encode(draw(scene), Purpose.EDIT)
         described, truth = caption(made.result, rng, True), draw(made.result)
-        for name, (seeing, length, guidance) in WAYS.items():
+        for name, (seeing, length, guidance) in islice(WAYS.items(), arguments.ways):
             text, began = made.instruction if seeing is Seeing.PICTURE else described, time.perf_counter()
             sampling = Sampling(steps=8, block_length=length)
             drawing = tasks.redraw(studio.backbone, grid, mask, text, seeing, guidance, sampling=sampling)

@@ -333,7 +333,9 @@ def test_redrawing_learns_the_request_of_the_task(further_lessons, scripts: Back
         for index, (a, b) in enumerate(zip(*map(curriculum.flat, (example.changed, example.small)), strict=True))
     ]
     scripted(scripts, wanted, tokens.codes_to_ids(mixed), monkeypatch)
-    drawn = tasks.redraw(scripts, grid, masked, example.instruction, rescale=0.0, sampling=Sampling(steps=4))
+    drawn = tasks.redraw(
+        scripts, grid, masked, example.instruction, prompts.Seeing.PICTURE, rescale=0.0, sampling=Sampling(steps=4)
+    )
     assert curriculum.flat(drawn.grid.codes.tolist()) == mixed
 
 
