@@ -10,7 +10,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -237,11 +237,17 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> None:
-    """Tell the measures of what it learned first, with what it should be. ``scale`` takes that share of the pictures."""
+def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0, only: Sequence[str] = ()) -> None:
+    """Tell the measures of what it learned first, with what it should be.
+
+    Args:
+        scale: the share of the pictures to take.
+        only: names of rows; all if there are none.
+    """
     count = lambda full: max(1, round(full * scale))
     _tell(
         say,
+        only,
         (
             ("text to image", "90 %", lambda: text_to_image(studio, count(200))),
             (
@@ -262,6 +268,8 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> Non
         ),
     )
     scene, prompt = next(prompts(1))
+    if only:
+        return
     for name, wanted, work in (
         (
             "256 x 256 picture, all stages, turbo",
@@ -273,11 +281,12 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> Non
         say(f"| {name} | under {wanted} | {seconds(work):.1f} s |")
 
 
-def further_table(studio: Studio, say: Callable[[str], None], scale: float = 1.0) -> None:
-    """Tell the measures of what it learned later: plans, several pictures, stories and redrawing."""
+def further_table(studio: Studio, say: Callable[[str], None], scale: float = 1.0, only: Sequence[str] = ()) -> None:
+    """The same of what it learned later: plans, several pictures, stories and redrawing."""
     count = lambda full: max(1, round(full * scale))
     _tell(
         say,
+        only,
         (
             ("picture after a plan", "each kind 80 %", lambda: thinking(studio, count(100))),
             ("picture for a prompt without a place", "80 %", lambda: without_a_place(studio, count(80))),
@@ -290,9 +299,17 @@ def further_table(studio: Studio, say: Callable[[str], None], scale: float = 1.0
     )
 
 
-def _tell(say: Callable[[str], None], rows: Iterable[tuple[str, str, Callable[[], object]]]) -> None:
+def _tell(
+    say: Callable[[str], None], only: Sequence[str], rows: Sequence[tuple[str, str, Callable[[], object]]]
+) -> None:
+    if unknown := set(only) - {name for name, *_ in rows}:
+        raise SystemExit(
+            f"There is no row {', '.join(sorted(unknown))}; there are {', '.join(name for name, *_ in rows)}."
+        )
     say("| measure | should be | is |\n|---|---|---|")
     for name, wanted, measure in rows:
+        if only and name not in only:
+            continue
         say(f"| {name} | {wanted} | {measure()} |")
 
 
@@ -310,12 +327,13 @@ def main() -> None:
         action="store_true",
         help="plans, several pictures, stories and redrawing, in place of the first table",
     )
+    parser.add_argument("--only", nargs="+", default=(), metavar="ROW", help="rows of the table, by their names")
     parser.add_argument("--engine", choices=("torch", "mlx", "mlx-8bit"), default="torch", help="of the decoders")
     arguments = parser.parse_args()
     sprint = None if arguments.keep_ratio is None else Sprint(arguments.keep_ratio)
     studio = Studio(Checkpoint(arguments.model), arguments.precision, sprint, arguments.engine)
     tell = further_table if arguments.further else table
-    tell(studio, lambda line: print(line, flush=True), arguments.scale)
+    tell(studio, lambda line: print(line, flush=True), arguments.scale, arguments.only)
 
 
 if __name__ == "__main__":

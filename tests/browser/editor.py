@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from client import PACK, RUN_TIMEOUT, Comfy
-from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, TimeoutError, expect
 
 SECOND = 1000  # playwright counts in milliseconds
 # a page of 240 files and 20 MB of code, on two cores that others use too
@@ -293,10 +294,13 @@ class Editor:
     def search(self) -> Locator:
         """Open the search for nodes by a double click on the canvas, and give its field."""
         size = self.page.viewport_size
-        self.page.mouse.dblclick(size["width"] // 2, size["height"] - 60)
         field = self.page.get_by_role("combobox", name=re.compile("Add a node"))
-        expect(field).to_be_visible()
-        return field
+        for _ in range(10):  # front end 1.49 does not take every double click for one
+            self.page.mouse.dblclick(size["width"] // 2, size["height"] - 60)
+            with suppress(TimeoutError):
+                field.wait_for(timeout=5 * SECOND)
+                return field
+        raise AssertionError("the search for nodes does not open")
 
     def found(self, name: str) -> Locator:
         """The search's result with this name."""
