@@ -322,5 +322,9 @@ class Editor:
 
     def help(self) -> Locator:
         """Open the help page of the selected node from the tools above it."""
-        self.page.get_by_test_id("info-button").click()
-        return self.page.locator(".node-help-content")
+        for _ in range(10):  # the tools do not always come with the first selection
+            with suppress(TimeoutError):
+                self.page.get_by_test_id("info-button").click(timeout=10 * SECOND)
+                return self.page.locator(".node-help-content")
+            self.page.evaluate("app.canvas.deselectAll(); app.canvas.selectNode(app.graph.nodes[0])")
+        raise AssertionError("there are no tools above the node")
