@@ -161,4 +161,6 @@ class LLaDA2Story(io.ComfyNode):
 
 def _announce(number: int, grid) -> None:
     width, height = DECODED_PIXELS * grid.width, DECODED_PIXELS * grid.height
-    host.tell(f"Picture {number} is finished: {width} x {height} pixels.")
+    host.tell(
+        f"Picture {number} is finished: {width} x {height} pixels.", leaving=True
+    )  # the story says where it stands

@@ -75,12 +75,17 @@ def progress_text(passing: bool = False) -> Callable[..., None]:
     return show
 
 
-def tell(sentence: str | None, level: int = logging.INFO, shown: str = "{}") -> None:
-    """Show a sentence on the running node for as long as its outcome, and write it to the log; None is nothing to tell."""
+def tell(sentence: str | None, level: int = logging.INFO, shown: str = "{}", leaving: bool = False) -> None:
+    """Show a sentence on the running node for as long as its outcome, and write it to the log; None is nothing to tell.
+
+    Args:
+        shown: how it is shown.
+        leaving: for as long as the node runs.
+    """
     if sentence is None:
         return
     logging.log(level, "ComfyUI-LLaDA2-MLX: %s", sentence)
-    _shown.add_note(shown.format(sentence))
+    _shown.add_note(shown.format(sentence), leaving)
 
 
 def warn(*sentences: str | None) -> None:
@@ -102,40 +107,49 @@ def explains(execute: Callable) -> Callable:
             _shown.clear(str(error))
             raise
         finally:
-            _shown.end_passing()
+            _shown.end()
 
     return wrapper
 
 
 class _Shown:
-    """What the running node shows: notes that stay for as long as its outcome, and one text below them."""
+    """What the running node shows: notes that stay for as long as its outcome, those that leave when it ends, and one text below."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.passing = False
+        self.leaving: list[str] = []
+        self.text, self.passing = "", False
         self._written: set[str] = set()  # nodes that have shown a text
 
     def write(self, text: str, passing: bool = False) -> None:
         """Show ``text``; one that is ``passing`` is of no use when its phase is over."""
-        self.passing = passing
-        context, whole = get_executing_context(), "\n\n".join([*self.notes, text] if text else self.notes)
+        self.text, self.passing = text, passing
+        context, whole = get_executing_context(), "\n\n".join(filter(None, [*self.notes, *self.leaving, text]))
         # outside a run there is no server, and a node that has shown nothing has no room for a text yet
         if context is not None and (whole or context.node_id in self._written):
             self._written.add(context.node_id)
             _send(whole, context.node_id)
 
-    def add_note(self, note: str) -> None:
-        self.notes.append(note)
+    def add_note(self, note: str, leaving: bool = False) -> None:
+        (self.leaving if leaving else self.notes).append(note)
         self.write("")
 
     def clear(self, text: str = "") -> None:
         """Show nothing of what was there before, or ``text`` alone."""
         self.notes.clear()
+        self.leaving.clear()
         self.write(text)
 
     def end_passing(self) -> None:
         if self.passing:
             self.write("")
+
+    def end(self) -> None:
+        """The node has ended: what is of use while it runs alone goes."""
+        self.end_passing()
+        if self.leaving:
+            self.leaving.clear()
+            self.write(self.text)
 
 
 _shown = _Shown()  # one node runs at a time
