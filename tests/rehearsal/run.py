@@ -2,7 +2,7 @@
 
 ``python tests/rehearsal/run.py FOLDER`` needs 45 GB of disk and 15 GB of memory. Stopped, it goes on where it was; a
 stage that is named with ``--stages`` runs again. Each stage is a process of its own, so that its peak is its own. With ``--mac 16``
-the language model works as on a Mac of 16 GB, and a stage fails in which MLX has more in use than Metal recommends there.
+both models that MLX runs work as on a Mac of 16 GB, and a stage fails in which MLX has more in use than Metal recommends there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Rehearsal:
     """The stages, in their order. ``whole`` is the checkpoint as published, ``small`` its copy with 4 bits.
 
     Args:
-        mac: GB of a Mac that the language model works as on; 0: as here.
+        mac: GB of a Mac that the language model and the decoder with 8 bits work as on; 0: as here.
         steps: of a block. The most is taken by what comes before the second.
         side: codes of a side of the picture that is understood.
     """
@@ -129,6 +129,42 @@ class Rehearsal:
             latents = decoder.sample([grid], DecodeOptions(steps=3, guidance=0.0))
         assert latents.shape == (1, 16, 64, 64) and latents.isfinite().all()
 
+    def copy_decoder(self) -> None:
+        """copy the decoder with 8 bits"""
+        from llada2_mlx.imaging.decoder_copy import convert_decoder, own_copy, weights_of
+        from llada2_mlx.worker import MLXWorker
+
+        folder = self._decoder_folder()
+        with self.timed("seconds"):
+            copy = MLXWorker().drive(convert_decoder(folder, own_copy(folder)))
+        self.told["GB"] = round(weights_of(copy).stat().st_size / 1e9, 2)
+
+    def decode_copy(self) -> None:
+        """one step of the copy in MLX at 64 x 64, without guidance"""
+        from macs import as_on_metal
+
+        from llada2_mlx.checkpoint.layout import Checkpoint, Part
+        from llada2_mlx.imaging.decoder_copy import CACHE, memory_bytes, own_copy, work_bytes
+        from llada2_mlx.imaging.decoder_mlx import MLXDecoder
+        from llada2_mlx.imaging.flow import DecodeOptions
+        from llada2_mlx.vq import VQGrid
+
+        copy = own_copy(self._decoder_folder())
+        if self.mac:
+            here, large = memory_bytes(copy, True), VQGrid.from_list([0] * 32 * 32, 32, 32, 16384)
+            with as_on_metal():
+                there = memory_bytes(copy, True)
+                self.told["GB reckoned at 1024 x 1024"] = round(
+                    (there + work_bytes(copy, [large], DecodeOptions())) / 1e9, 2
+                )
+            self.more, self.cache = here - there, CACHE
+        with self.timed("seconds to read"):
+            decoder = MLXDecoder(Checkpoint(self.small), Part.DECODER_TURBO, quantised=True)
+        grid = VQGrid.from_list([37 * i for i in range(4)], 2, 2, 16384)
+        with self.timed("seconds"):
+            latents = decoder.sample([grid], DecodeOptions(steps=2, guidance=0.0))
+        assert latents.shape == (1, 16, 8, 8) and latents.isfinite().all()
+
     def pixels(self) -> None:
         """VAE, latents to 512 x 512 pixels"""
         import torch
@@ -159,6 +195,12 @@ class Rehearsal:
             self.more, self.cache = backbone.size - weights, backbone.working.cache
             self.told["positions in a pass"] = backbone.working.piece
         return backbone
+
+    def _decoder_folder(self) -> Path:
+        from llada2_mlx.checkpoint.layout import Part
+        from llada2_mlx.imaging.decoder import decoder_folder
+
+        return self.small / decoder_folder(Part.DECODER_TURBO)
 
     def _part(self, part):
         from llada2_mlx.checkpoint.layout import Checkpoint
