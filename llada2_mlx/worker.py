@@ -67,6 +67,7 @@ class MLXWorker:
                     on_step(progress)
             finally:
                 self.call(steps.close)
+                self.call(mx.synchronize)  # what a step that was given out still needs would come back into the cache
                 self.call(mx.clear_cache)
 
 

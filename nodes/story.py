@@ -161,6 +161,5 @@ class LLaDA2Story(io.ComfyNode):
 
 def _announce(number: int, grid) -> None:
     width, height = DECODED_PIXELS * grid.width, DECODED_PIXELS * grid.height
-    host.tell(
-        f"Picture {number} is finished: {width} x {height} pixels.", leaving=True
-    )  # the story says where it stands
+    # it leaves, because the story says where its pictures stand
+    host.tell(f"Picture {number} is finished: {width} x {height} pixels.", leaving=True)

@@ -152,7 +152,7 @@ def generate(
         phase: what the progress calls it.
 
     Yields:
-        Progress after each step; the work happens between two values.
+        Progress after each step; the next one may be running by then, and ends unread if this generator is closed.
 
     Returns:
         The body's ids, all of them or up to and with the first end; and the session in which they are written, if kept.
@@ -244,6 +244,7 @@ def generate(
                 _give_out(following)  # it runs while others look at this one
             elif take_back is not None:
                 take_back()
+                following = None  # or the old keys and values would stay beside the new ones
                 report.dropped += 1
             yield Progress(phase, number * steps + step + 1, len(blocks) * steps, tuple(generated[0]))
             if finished:

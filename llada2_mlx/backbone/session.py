@@ -84,7 +84,7 @@ class PrefixCache:
     def fill(self, row: int, positions: slice, keys: mx.array, values: mx.array) -> None:
         """Write the same keys and values, [1, kv heads, 1, head dim], at several positions of one row.
 
-        Only for a cache that has been written to since it was forked or joined.
+        Only for a cache that has been written to since it was copied, forked or joined.
         """
         for array, new in zip(self.arrays, (keys, values), strict=True):
             array[row : row + 1, :, positions] = new
@@ -256,11 +256,11 @@ class Runner:
         raise NotImplementedError
 
     def look_ahead(self) -> Callable[[], None] | None:
-        """To be called before the logits of a later step of the block are asked for that may not be needed.
+        """Call this before building a later step of the block that may not be needed.
 
         Returns:
-            What takes back all that asking changed. To let go of it means that they are needed: only then may MLX write the new keys
-            and values over the old. None where they need tokens that the host has not read.
+            Call it to undo the building, or let go of it: then MLX may write over the old keys and values. None where the step cannot
+            be built yet, because it needs tokens that the host has not read.
         """
         session, report, layers = self.session, self.report, self.session.layers
         counted = report.positions, report.pairs, report.head_rows

@@ -161,15 +161,9 @@ class SprintRunner(BatchedRunner):
         return self._guided(self.model(tokens[:, here], self._positions(here), self.seen, self.kept))
 
     def look_ahead(self) -> Callable[[], None] | None:
-        if self.block and self.kept is None and self.steps >= self.sprint.warm_up:
-            return None  # what is kept of the prefix is chosen by its tokens
-        take_back, steps = super().look_ahead(), self.steps
-
-        def take_back_all() -> None:
-            self.steps = steps
-            take_back()
-
-        return take_back_all
+        # what is kept of the prefix is chosen by its tokens
+        choosing = self.block and self.kept is None and self.steps >= self.sprint.warm_up
+        return None if choosing else super().look_ahead()
 
     def _finish(self, hidden: mx.array) -> None:
         if not self.sprint.by_confidence:

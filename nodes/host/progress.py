@@ -80,7 +80,7 @@ def tell(sentence: str | None, level: int = logging.INFO, shown: str = "{}", lea
 
     Args:
         shown: how it is shown.
-        leaving: for as long as the node runs.
+        leaving: it goes when the node ends.
     """
     if sentence is None:
         return
@@ -132,7 +132,7 @@ class _Shown:
 
     def add_note(self, note: str, leaving: bool = False) -> None:
         (self.leaving if leaving else self.notes).append(note)
-        self.write("")
+        self.write(self.text, self.passing)
 
     def clear(self, text: str = "") -> None:
         """Show nothing of what was there before, or ``text`` alone."""

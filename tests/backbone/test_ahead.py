@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from benchmarks.working import SMALL, peaks
 
 from llada2_mlx.backbone import denoising
 from llada2_mlx.backbone.acceptance import Sampling
@@ -14,7 +16,8 @@ from llada2_mlx.backbone.denoising import Draft, Generation, Method, Vocabulary,
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.network import LLaDA2
-from llada2_mlx.backbone.sprint import Sprint
+from llada2_mlx.backbone.session import Report, Runner, Session
+from llada2_mlx.backbone.sprint import Sprint, SprintAcceptance
 
 LATE, AT_ONCE = Sampling(steps=4, threshold=1.0), Sampling(steps=4, threshold=0.0)
 
@@ -97,8 +100,68 @@ def test_what_sprint_chooses_by_tokens_is_chosen_when_they_are_known(backbone: B
 
 
 def test_sprint_drops_what_is_not_needed(backbone: Backbone) -> None:
-    """A block ends in its warm-up; the next one has all of its own."""
+    """A block that ends in its warm-up."""
     sprint = Sprint(0.5, warm_up=2)
     report = written(backbone, AT_ONCE, sprint=sprint).report
     assert (report.steps, report.ahead, report.dropped) == (2, 2, 2)
     assert report.pairs == written(backbone, Sampling(steps=1, threshold=0.0), sprint=sprint).report.pairs
+
+
+def test_a_drop_after_the_prefix_was_pruned_changes_nothing(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks end in their third step of four: the first accepts nothing early, the third everything."""
+
+    class Late(SprintAcceptance):
+        def __call__(self, candidates, masked, step, keys):
+            return masked if step == 2 else super().__call__(candidates, masked, step, keys)
+
+    late = lambda size, steps, sampling, sprint: Late(steps, 1.0, sprint.remasking)
+    monkeypatch.setattr(denoising, "_acceptance", late)
+    sprint = Sprint(0.5, warm_up=1)
+    ahead = written(backbone, LATE, sprint=sprint)
+    assert (ahead.report.steps, ahead.report.ahead, ahead.report.dropped) == (6, 4, 2)
+    monkeypatch.setattr(Runner, "look_ahead", lambda self: None)
+    needed = written(backbone, LATE, sprint=sprint)
+    assert ahead.ids == needed.ids
+    assert (ahead.report.positions, ahead.report.pairs) == (needed.report.positions, needed.report.pairs)
+
+
+def test_new_keys_and_values_are_written_in_place_of_the_old() -> None:
+    """A step after a long prompt takes less than those of all layers once more."""
+    config = replace(SMALL, num_hidden_layers=8)
+    kept = 2 * config.head_dim * 4 * (2048 + 32) * config.num_hidden_layers
+    assert kept < peaks(config, 2048, 1).later < 1.5 * kept
+
+
+def test_a_drop_keeps_nothing() -> None:
+    """Nor is anything copied when what was built ahead is needed."""
+    large, new = mx.random.normal((1, 4, 8192, 128)), mx.ones((1, 4, 32, 128))
+    session = Session.begin([ids(64)], 32, 1)
+    runner = Runner(None, session, Guidance(), Report(), slice(None))
+    write = lambda: session.layers[0].update(new, new, 32)
+    session.layers[0].update(large, large + 1, 0)
+
+    def peak() -> int:
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(session.layers[0].arrays)
+        return mx.get_peak_memory() - before
+
+    peak()
+    write()
+    peak()  # what lay in others' arrays lies in its own now
+    take_back = runner.look_ahead()
+    write()
+    kept = peak()  # may still be undone: the old and the new
+    assert kept > 2 * large.nbytes - 1_000_000
+    del take_back
+    take_back = runner.look_ahead()
+    write()
+    del take_back
+    assert peak() < 1_000_000
+    take_back = runner.look_ahead()
+    write()
+    take_back()
+    write()
+    assert peak() < 1_000_000

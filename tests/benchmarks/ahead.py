@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from unittest.mock import patch
@@ -90,15 +91,13 @@ def built(work: Callable[[], object]) -> Report:
 
 
 def waits(work: Callable[[], object]) -> tuple[float, float]:
-    """Median seconds from the end of a step to the next one's beginning; and those that the host then waits for it."""
-    give_out, fetch = denoising._give_out, denoising._fetch
+    """Median seconds from the end of a step to the beginning of the next of its block; and those that the host then waits for it."""
+    give_out, fetch, progress = denoising._give_out, denoising._fetch, denoising.Progress
     read, idle, running = None, [], []
 
     def timed_give_out(*args):
-        nonlocal read
         if read is not None:
             idle.append(time.perf_counter() - read)
-        read = None
         return give_out(*args)
 
     def timed_fetch(*args):
@@ -109,7 +108,14 @@ def waits(work: Callable[[], object]) -> tuple[float, float]:
         running.append(read - began)
         return result
 
-    with patch.object(denoising, "_give_out", timed_give_out), patch.object(denoising, "_fetch", timed_fetch):
+    def told(*args):  # what begins after a step was told is the first of a block
+        nonlocal read
+        read = None
+        return progress(*args)
+
+    with ExitStack() as stack:
+        for name, timed in (("_give_out", timed_give_out), ("_fetch", timed_fetch), ("Progress", told)):
+            stack.enter_context(patch.object(denoising, name, timed))
         work()
     return statistics.median(idle), statistics.median(running)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from synthetic import BACKBONE
 
+from llada2_mlx.backbone import denoising
 from llada2_mlx.backbone.acceptance import Sampling
 from llada2_mlx.backbone.denoising import DENOISING, Draft, Vocabulary, generate
 from llada2_mlx.backbone.guidance import Guidance
@@ -120,11 +122,18 @@ def peaks(
 
     seen: list[tuple[str, int]] = []
 
-    def note(progress) -> None:
-        seen.append((progress.phase, mx.get_peak_memory() - made["weights"]))
+    def note(phase: str) -> None:
+        seen.append((phase, mx.get_peak_memory() - made["weights"]))
         mx.reset_peak_memory()
 
-    worker.drive(job(), note)
+    def fetched(*args):  # what follows may run before it is told
+        result = fetch(*args)
+        note(DENOISING)
+        return result
+
+    fetch = denoising._fetch
+    with patch.object(denoising, "_fetch", fetched):
+        worker.drive(job(), lambda progress: progress.phase == DENOISING or note(progress.phase))
     later = [size for phase, size in seen if phase == DENOISING][-1]
     rest = prompt % piece or piece
     largest = max(piece - BLOCK if prompt > piece else 0, rest // BLOCK * BLOCK)

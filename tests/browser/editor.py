@@ -75,8 +75,9 @@ IN_VIEW = """() => {
     const {ds: {offset, scale}, canvas} = app.canvas
     const {width, height} = canvas.getBoundingClientRect()
     const inside = (from, size, offset, most) => (from + offset) * scale >= 0 && (from + size + offset) * scale <= most
+    const title = LiteGraph.NODE_TITLE_HEIGHT
     return app.graph.nodes.every(({pos: [x, y], size: [w, h]}) =>
-        inside(x, w, offset[0], width) && inside(y, h, offset[1], height))
+        inside(x, w, offset[0], width) && inside(y - title, h + title, offset[1], height))
 }"""
 # Names of the inputs that are marked as wrong, with their nodes.
 WRONG = """() => app.graph.nodes.flatMap(
@@ -321,7 +322,7 @@ class Editor:
         self.fit()
 
     def help(self) -> Locator:
-        """Open the help page of the selected node from the tools above it."""
+        """Open the help page of the only node, which is selected, from the tools above it."""
         for _ in range(10):  # the tools do not always come with the first selection
             with suppress(TimeoutError):
                 self.page.get_by_test_id("info-button").click(timeout=10 * SECOND)
