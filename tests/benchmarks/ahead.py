@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -26,6 +28,7 @@ from llada2_mlx.backbone.session import Report, Runner
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.shapes import measures
 
+from . import measure, model
 from .accuracy import GOLDEN
 
 
@@ -120,8 +123,15 @@ def waits(work: Callable[[], object]) -> tuple[float, float]:
     return statistics.median(idle), statistics.median(running)
 
 
-def works(prompts: int) -> dict[str, Callable[[], object]]:
-    """What is generated, by its name: at the defaults of the nodes, and with nothing accepted early."""
+def works(prompts: int, folder: Path) -> dict[str, Callable[[], object]]:
+    """What is generated, by its name: at the defaults of the nodes, and with nothing accepted early.
+
+    Args:
+        folder: where a random model is written that has the published number of layers, so that its graph is as large.
+    """
+    deep = Backbone(
+        Checkpoint(model.write(folder / "deep", replace(model.SIZES["tiny"], num_hidden_layers=20))), "float32"
+    )
     shapes, golden = (Backbone(Checkpoint(folder), "float32") for folder in (BUILT_IN, GOLDEN))
     wanted = [prompt for _, prompt in islice(measures.prompts(prompts), prompts)]
     slow = Sampling(steps=8, threshold=1.0)
@@ -137,6 +147,7 @@ def works(prompts: int) -> dict[str, Callable[[], object]]:
         "Shapes, edit": edit,
         "golden, text to image": lambda: draw(golden),
         "golden, the same, nothing accepted early": lambda: late(golden),
+        "20 layers, random, text to image": lambda: deep.run(measure.ours(measure.picture(deep, 512))),
     }
 
 
@@ -148,16 +159,20 @@ def main(tell: Callable[[str], None] = print) -> None:
         "| what | guesses | held | blocks | steps | built ahead | dropped | ms between steps, built when needed | ahead | ms waited for a step |"
     )
     tell("|---|---|---|---|---|---|---|---|---|---|")
-    for name, work in works(parser.parse_args().prompts).items():
-        found, report = guesses(work), built(work)
-        with WHEN_NEEDED:
-            before, _ = waits(work)
-        after, network = waits(work)
-        held = f"{100 * found.held / found.made:.0f} %" if found.made else ""
-        counts = f"{report.blocks} | {report.steps} | {report.ahead} | {report.dropped}"
-        tell(
-            f"| {name} | {found.made} | {held} | {counts} | {1000 * before:.2f} | {1000 * after:.2f} | {1000 * network:.1f} |"
-        )
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, work in works(arguments.prompts, Path(folder)).items():
+            tell(_row(name, work))
+
+
+def _row(name: str, work: Callable[[], object]) -> str:
+    found, report = guesses(work), built(work)
+    with WHEN_NEEDED:
+        before, _ = waits(work)
+    after, network = waits(work)
+    held = f"{100 * found.held / found.made:.0f} %" if found.made else ""
+    counts = f"{report.blocks} | {report.steps} | {report.ahead} | {report.dropped}"
+    return f"| {name} | {found.made} | {held} | {counts} | {1000 * before:.2f} | {1000 * after:.2f} | {1000 * network:.1f} |"
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Rehearsal:
         self.told: dict[str, float] = {}
         self.more = 0  # bytes that weights take here and not on a Mac
         self.cache = 0  # bytes of freed buffers that MLX may keep in this stage
+        self.decoder_bytes = 0  # of the decoder's copy, as on that Mac
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -87,12 +88,14 @@ class Rehearsal:
 
     def understand(self) -> None:
         """one block of understanding"""
+        self._understand(self._backbone())
+
+    def _understand(self, backbone) -> None:
         from llada2_mlx import prompts
         from llada2_mlx.backbone.denoising import Vocabulary
         from llada2_mlx.backbone.guidance import Guidance
         from llada2_mlx.vq import VQGrid
 
-        backbone = self._backbone()
         tokens = backbone.tokens
         grid = VQGrid.from_list([37 * i % 16384 for i in range(self.side**2)], self.side, self.side, 16384)
         make = lambda text: prompts.understand(tokens, grid, text).branches
@@ -141,29 +144,16 @@ class Rehearsal:
 
     def decode_copy(self) -> None:
         """one step of the copy in MLX at 64 x 64, without guidance"""
-        from macs import as_on_metal
+        self._decode_small(self._decoder_copy())
 
-        from llada2_mlx.checkpoint.layout import Checkpoint, Part
-        from llada2_mlx.imaging.decoder_copy import CACHE, memory_bytes, own_copy, work_bytes
-        from llada2_mlx.imaging.decoder_mlx import MLXDecoder
-        from llada2_mlx.imaging.flow import DecodeOptions
-        from llada2_mlx.vq import VQGrid
-
-        copy = own_copy(self._decoder_folder())
-        if self.mac:
-            here, large = memory_bytes(copy, True), VQGrid.from_list([0] * 32 * 32, 32, 32, 16384)
-            with as_on_metal():
-                there = memory_bytes(copy, True)
-                self.told["GB reckoned at 1024 x 1024"] = round(
-                    (there + work_bytes(copy, [large], DecodeOptions())) / 1e9, 2
-                )
-            self.more, self.cache = here - there, CACHE
-        with self.timed("seconds to read"):
-            decoder = MLXDecoder(Checkpoint(self.small), Part.DECODER_TURBO, quantised=True)
-        grid = VQGrid.from_list([37 * i for i in range(4)], 2, 2, 16384)
-        with self.timed("seconds"):
-            latents = decoder.sample([grid], DecodeOptions(steps=2, guidance=0.0))
-        assert latents.shape == (1, 16, 8, 8) and latents.isfinite().all()
+    def together(self) -> None:
+        """both copies in memory: one block of understanding, and a step of the decoder's at 64 x 64"""
+        decoder = self._decoder_copy()
+        more, cache = self.more, self.cache
+        backbone = self._backbone(beside=self.decoder_bytes)
+        self.more, self.cache = self.more + more, max(self.cache, cache)  # they work one after the other
+        self._understand(backbone)
+        self._decode_small(decoder)
 
     def pixels(self) -> None:
         """VAE, latents to 512 x 512 pixels"""
@@ -176,7 +166,8 @@ class Rehearsal:
             pixels = vae.decode(torch.zeros(1, 16, 64, 64))
         assert pixels.shape == (1, 512, 512, 3)
 
-    def _backbone(self):
+    def _backbone(self, beside: int = 0):
+        """The copy with 4 bits, which works as it would beside so many bytes of another model."""
         from macs import as_on_metal, recommended
         from published import BACKBONE
 
@@ -189,9 +180,10 @@ class Rehearsal:
         if self.mac:  # here it would work otherwise: MLX on a CPU writes scores out, and keeps scales in float32
             there = recommended(self.mac)
             with as_on_metal():
-                assert choose(BACKBONE, "bf16", there)[0] == backbone.precision == "4bit"
+                if not beside and self.mac == 16:
+                    assert choose(BACKBONE, "bf16", there)[0] == backbone.precision == "4bit"
                 weights = precision_bytes(BACKBONE, "4bit")
-                backbone.working = fit(BACKBONE, run_type("4bit"), there - weights)
+                backbone.working = fit(BACKBONE, run_type("4bit"), there - weights - beside)
             self.more, self.cache = backbone.size - weights, backbone.working.cache
             self.told["positions in a pass"] = backbone.working.piece
         return backbone
@@ -201,6 +193,35 @@ class Rehearsal:
         from llada2_mlx.imaging.decoder import decoder_folder
 
         return self.small / decoder_folder(Part.DECODER_TURBO)
+
+    def _decoder_copy(self):
+        from macs import as_on_metal
+
+        from llada2_mlx.checkpoint.layout import Checkpoint, Part
+        from llada2_mlx.imaging.decoder_copy import CACHE, memory_bytes, own_copy, work_bytes
+        from llada2_mlx.imaging.decoder_mlx import MLXDecoder
+        from llada2_mlx.imaging.flow import DecodeOptions
+        from llada2_mlx.vq import VQGrid
+
+        copy, large = own_copy(self._decoder_folder()), VQGrid.from_list([0] * 32 * 32, 32, 32, 16384)
+        if self.mac:
+            here = memory_bytes(copy, True)
+            with as_on_metal():
+                self.decoder_bytes = memory_bytes(copy, True)
+                whole = self.decoder_bytes + work_bytes(copy, [large], DecodeOptions())
+            self.told["GB reckoned for the decoder at 1024 x 1024"] = round(whole / 1e9, 2)
+            self.more, self.cache = here - self.decoder_bytes, CACHE
+        with self.timed("seconds to read the decoder"):
+            return MLXDecoder(Checkpoint(self.small), Part.DECODER_TURBO, quantised=True)
+
+    def _decode_small(self, decoder) -> None:
+        from llada2_mlx.imaging.flow import DecodeOptions
+        from llada2_mlx.vq import VQGrid
+
+        grid = VQGrid.from_list([37 * i for i in range(4)], 2, 2, 16384)
+        with self.timed("seconds to decode"):
+            latents = decoder.sample([grid], DecodeOptions(steps=2, guidance=0.0))
+        assert latents.shape == (1, 16, 8, 8) and latents.isfinite().all()
 
     def _part(self, part):
         from llada2_mlx.checkpoint.layout import Checkpoint
