@@ -181,7 +181,6 @@ def generate(
     # the conditional branches as the host knows them
     done = np.full((pictures, -(-(prompt + length) // size) * size), vocabulary.mask)
     done[:, prompt : prompt + length] = draft.body
-    done[:, prompt : prompt + length] = draft.body
     blocks = _blocks_to_write(np.append(session.ids[0], draft.body), prompt, size, vocabulary.mask)
     steps = min(sampling.steps, max(draft.body.count(vocabulary.mask), 1))
     report, acceptance = Report(branches=branches), _acceptance(size, steps, sampling, sprint)
@@ -192,10 +191,9 @@ def generate(
             for position in runner.prefill(_padded(session, done[:1]), min(blocks[0] * size, prompt), whole=True):
                 yield Progress("reading the prompt", position, prompt)
         session = session.fork([*range(branches)] * pictures)
-    tokens = _padded(session, done)
+    state, generated = _State(_padded(session, done), mx.zeros(done.shape)), [[]]
     done[:, :prompt] = session.ids[::branches]
     runner = _runner(model, session, guidance, report, vocabulary, method, sprint)
-    state, generated = _State(tokens, mx.zeros(done.shape)), [[]]
     # a key for each step, so that a draw does not depend on what was drawn before
     random = [mx.random.split(mx.random.key(seed), max(len(blocks), 1) * steps) for seed in seeds]
 

@@ -84,7 +84,7 @@ class PrefixCache:
     def fill(self, row: int, positions: slice, keys: mx.array, values: mx.array) -> None:
         """Write the same keys and values, [1, kv heads, 1, head dim], at several positions of one row.
 
-        Only for a cache that has been written to since it was copied, forked or joined.
+        Only for a cache that has been written to since it was forked or joined.
         """
         for array, new in zip(self.arrays, (keys, values), strict=True):
             array[row : row + 1, :, positions] = new
@@ -103,16 +103,16 @@ class PrefixCache:
             rows.append(array[:, :, : self.capacity] if missing < 0 else array)
         return rows[0] if len(rows) == 1 else mx.concatenate(rows)
 
-    def copy(self) -> PrefixCache:
-        """A cache of its own with what is there."""
-        return PrefixCache(self._parts, self.capacity)
-
     def fork(self, rows: Sequence[int]) -> PrefixCache:
         """A cache of its own with some rows of what is there."""
         places = [(part, row) for part in self._parts for row in part.rows or range(part.keys.shape[0])]
         chosen = groupby((places[row] for row in rows if places), key=lambda place: id(place[0]))
-        parts = (list(run) for _, run in chosen)
-        return PrefixCache(tuple(run[0][0]._replace(rows=tuple(row for _, row in run)) for run in parts), self.capacity)
+        parts = []
+        for _, run in chosen:
+            (part, *_), taken = zip(*run)
+            whole = taken == tuple(range(part.keys.shape[0]))  # then nothing has to be taken out
+            parts.append(part._replace(rows=None if whole else taken))
+        return PrefixCache(tuple(parts), self.capacity)
 
     def join(self, other: PrefixCache) -> PrefixCache:
         """A cache with the rows of both."""
@@ -265,7 +265,7 @@ class Runner:
         session, report, layers = self.session, self.report, self.session.layers
         counted = report.positions, report.pairs, report.head_rows
         if layers is not None:
-            session.layers = [layer.copy() for layer in layers]
+            session.layers = session.fork().layers
 
         def take_back() -> None:
             session.layers = layers

@@ -267,9 +267,9 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0, only: 
             ("edit", "80 %, each kind 60 %", lambda: edited(studio, count(100))),
         ),
     )
-    scene, prompt = next(prompts(1))
     if only:
         return
+    scene, prompt = next(prompts(1))
     for name, wanted, work in (
         (
             "256 x 256 picture, all stages, turbo",
@@ -302,10 +302,9 @@ def further_table(studio: Studio, say: Callable[[str], None], scale: float = 1.0
 def _tell(
     say: Callable[[str], None], only: Sequence[str], rows: Sequence[tuple[str, str, Callable[[], object]]]
 ) -> None:
-    if unknown := set(only) - {name for name, *_ in rows}:
-        raise SystemExit(
-            f"There is no row {', '.join(sorted(unknown))}; there are {', '.join(name for name, *_ in rows)}."
-        )
+    names = [name for name, *_ in rows]
+    if unknown := set(only).difference(names):
+        raise SystemExit(f"There is no row {', '.join(sorted(unknown))}; there are {', '.join(names)}.")
     say("| measure | should be | is |\n|---|---|---|")
     for name, wanted, measure in rows:
         if only and name not in only:

@@ -143,9 +143,8 @@ def test_a_prompt_is_read_in_pieces_and_each_is_computed(monkeypatch: pytest.Mon
     report = backbone.run(generate, draft, vocabulary, Sampling(steps=1)).report
     # 288 positions before the block in which the prompt ends: four pieces, the rest goes along with the first step
     assert lengths[:5] == [64] * 5 and sum(lengths) == report.positions
-    assert (
-        evaluated == [2 * backbone.config.num_hidden_layers] * 4 + [4] * report.blocks
-    )  # and then each step's four arrays
+    # and then each step's four arrays
+    assert evaluated == [2 * backbone.config.num_hidden_layers] * 4 + [4] * report.blocks
 
 
 def _count(value) -> int:

@@ -24,12 +24,13 @@ from llada2_mlx import tasks
 from llada2_mlx.backbone import denoising
 from llada2_mlx.backbone.acceptance import Acceptance, Candidates, Sampling
 from llada2_mlx.backbone.handle import Backbone
-from llada2_mlx.backbone.session import Report, Runner
+from llada2_mlx.backbone.session import Report
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.shapes import measures
 
 from . import measure, model
 from .accuracy import GOLDEN
+from .measure import WHEN_NEEDED
 
 
 @dataclass
@@ -64,10 +65,6 @@ class Guessing:
 def _state(candidates: Candidates, accepted: mx.array) -> tuple[np.ndarray, np.ndarray]:
     """Which positions are accepted, and as what; the others count as 0."""
     return np.array(accepted), np.array(mx.where(accepted, candidates.tokens, 0))
-
-
-# Every step's graph is built when the tokens of the one before are known.
-WHEN_NEEDED = patch.object(Runner, "look_ahead", lambda self: None)
 
 
 def guesses(work: Callable[[], object]) -> Guesses:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from llada2_mlx.backbone.denoising import Draft, Generation, Method, Vocabulary,
 from llada2_mlx.backbone.guidance import Guidance
 from llada2_mlx.backbone.handle import Backbone
 from llada2_mlx.backbone.network import LLaDA2
+from llada2_mlx.backbone.session import Runner
 from llada2_mlx.backbone.sprint import Sprint
 from llada2_mlx.progress import Progress
 
@@ -25,6 +27,8 @@ STEPS = 8
 SAMPLING = Sampling(steps=STEPS, threshold=1.0)
 # A case is repeated while its runs have taken less than this, in seconds.
 PATIENCE = 30.0
+# In this context a step's graph is built when the tokens of the one before are known, and not ahead.
+WHEN_NEEDED = patch.object(Runner, "look_ahead", lambda self: None)
 
 
 @dataclass(frozen=True)

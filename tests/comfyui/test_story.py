@@ -86,9 +86,9 @@ def test_a_story_shows_as_it_grows(comfy: Comfy, storyteller: str) -> None:
     first = next(at for at, text in enumerate(events) if notes[0] in text)
     # the first picture is announced before the second text is there
     assert TEXTS[0] in events[first - 1] and not [text for text in events[: first + 1] if TEXTS[1] in text]
-    # a link would have the front end ask for a file that is not there
-    # and gives way to the story when it ends
+    # what is announced gives way to the story when it ends
     assert events[-2:] == ["\n\n".join([*notes, without_links(MARKDOWN)]), without_links(MARKDOWN)]
+    # a link would have the front end ask for a file that is not there
     assert not [text for text in events if "](" in text]
     last = {picture.size: picture for node, picture in run.previews if node == "2"}
     assert list(last) == [(32 * width, 32 * height) for height, width in SIZES]  # what is drawn shows too

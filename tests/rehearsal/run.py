@@ -180,7 +180,7 @@ class Rehearsal:
         if self.mac:  # here it would work otherwise: MLX on a CPU writes scores out, and keeps scales in float32
             there = recommended(self.mac)
             with as_on_metal():
-                if not beside and self.mac == 16:
+                if not beside:
                     assert choose(BACKBONE, "bf16", there)[0] == backbone.precision == "4bit"
                 weights = precision_bytes(BACKBONE, "4bit")
                 backbone.working = fit(BACKBONE, run_type("4bit"), there - weights - beside)
@@ -203,9 +203,9 @@ class Rehearsal:
         from llada2_mlx.imaging.flow import DecodeOptions
         from llada2_mlx.vq import VQGrid
 
-        copy, large = own_copy(self._decoder_folder()), VQGrid.from_list([0] * 32 * 32, 32, 32, 16384)
+        copy = own_copy(self._decoder_folder())
         if self.mac:
-            here = memory_bytes(copy, True)
+            here, large = memory_bytes(copy, True), VQGrid.from_list([0] * 32 * 32, 32, 32, 16384)
             with as_on_metal():
                 self.decoder_bytes = memory_bytes(copy, True)
                 whole = self.decoder_bytes + work_bytes(copy, [large], DecodeOptions())
