@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from llada2_mlx.backbone.session import Session
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.shapes.grammar import caption, plan
 from llada2_mlx.shapes.several import About, pair_question
+from llada2_mlx.shapes.studio import Studio
 from llada2_mlx.shapes.training import __main__ as trainer
-from llada2_mlx.shapes.training import backbone, curriculum, data, export, further, loop, packed
+from llada2_mlx.shapes.training import backbone, curriculum, data, export, further, loop, packed, tokenizer
 from llada2_mlx.shapes.training.text import add_words, further_sentences, sentences
 from llada2_mlx.shapes.world import (
     SUMMARY,
@@ -354,8 +356,11 @@ def test_nothing_that_is_learned_further_is_held_out() -> None:
 def test_every_task_has_its_turn_and_its_size(further_lessons) -> None:
     tasks = set(further_lessons.makers)
     for name in ("backbone-sixth", "backbone-seventh", "backbone-eighth"):
-        assert set(backbone.FURTHER[name].turns[0]) == tasks - {"story words"}  # which came later
-    assert set(backbone.FURTHER["backbone-ninth"].turns[0]) == tasks == set(further_lessons.sizes)
+        assert set(backbone.FURTHER[name].turns[0]) == tasks - {"story words", "ask own"}  # which came later
+    assert set(backbone.FURTHER["backbone-ninth"].turns[0]) == tasks - {"ask own"}
+    assert tasks == set(further_lessons.sizes)
+    for name in ("backbone-tenth", "backbone-eleventh"):
+        assert set(backbone.FURTHER[name].turns[0]) < tasks
 
 
 def test_a_short_run_gets_better_at_each_task(further_lessons) -> None:
@@ -383,13 +388,19 @@ def test_further_training_needs_the_checkpoint_alone_and_goes_on_where_it_stoppe
     out, work = tmp_path / "out", tmp_path / "work"
     work.mkdir()
     shutil.copytree(BUILT_IN, out, ignore=shutil.ignore_patterns("mlx-*"))
-    for name, count in {"EXAMPLES": 12, "UNPLACED": 3, "LOANS": 3, "TALES": 6}.items():
+    for name, count in {"EXAMPLES": 12, "UNPLACED": 3, "LOANS": 3, "TALES": 6, "OWN": 3}.items():
         monkeypatch.setattr(data, name, count)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     short = backbone.Stage(loop.Schedule(steps=1, rate=1e-3), {0: ("free",)})
     turns = {0: ("free", "redraw before")}
-    stages = {"backbone-heads": short, "backbone-sixth": backbone.Stage(loop.Schedule(steps=2, rate=1e-3), turns)}
+    both = ("backbone-heads", "backbone-sixth")
+    stages = {
+        "backbone-heads": short,
+        "backbone-sixth": backbone.Stage(loop.Schedule(steps=2, rate=1e-3), turns),
+        "backbone-seventh": backbone.Stage(loop.Schedule(steps=1, rate=0.0), {0: ("free",)}, mean_of=both),
+    }
     monkeypatch.setattr(backbone, "FURTHER", stages)
+    monkeypatch.setattr(backbone, "BLENDED", ("backbone-sixth", *["backbone-seventh"] * 2))
     before = (out / "model.safetensors").read_bytes()
     stopped = KeyboardInterrupt("after a step")
     whole, calls = further.FurtherCurriculum.batch, []
@@ -405,19 +416,23 @@ def test_further_training_needs_the_checkpoint_alone_and_goes_on_where_it_stoppe
         trainer.Training(work, out).further()
     assert (out / "model.safetensors").read_bytes() == before
     trainer.Training(work, out).further()
-    assert calls == ["free", "free", "redraw before", "redraw before"]  # the third again, and no other
+    assert calls == ["free", "free", *["redraw before"] * 2, "free"]  # the third again, and no other
     assert (out / "model.safetensors").read_bytes() != before
     assert Tokens(Checkpoint(out)).doubt("Put the ring of the first picture into the second.") is None
     assert Checkpoint(out).backbone_tensors().keys() == Checkpoint(BUILT_IN).backbone_tensors().keys()
-    two = [torch.load(work / f"further/{name}.pt", weights_only=True)["averaged"] for name in stages]
+    two = [torch.load(work / f"further/{name}.pt", weights_only=True)["averaged"] for name in both]
     for name, value in load_file(out / "model.safetensors").items():
-        assert torch.equal(value, ((two[0][f"network.{name}"] + two[1][f"network.{name}"]) / 2).bfloat16())
+        heads, sixth = (each[f"network.{name}"] for each in two)
+        assert torch.equal(value, ((sixth + (heads + sixth) / 2 + (heads + sixth) / 2) / 3).bfloat16())
 
-    (work / "further/backbone-sixth.pt").rename(work / "kept")
+    later = [work / f"further/{name}.pt" for name in stages if name != "backbone-heads"]
+    for path in later:
+        path.rename(path.with_suffix(".kept"))
     trainer.Training(work, tmp_path / "early").snapshot()
     early = load_file(tmp_path / "early/model.safetensors")
     assert all(torch.equal(value, two[0][f"network.{name}"].bfloat16()) for name, value in early.items())
-    (work / "kept").rename(work / "further/backbone-sixth.pt")
+    for path in later:
+        path.with_suffix(".kept").rename(path)
 
     shot = tmp_path / "shot"
     trainer.Training(work, shot).snapshot()
@@ -427,6 +442,28 @@ def test_further_training_needs_the_checkpoint_alone_and_goes_on_where_it_stoppe
     ).grid.codes.shape == (8, 8)
     with pytest.raises(SystemExit, match="another folder"):
         trainer.Training(work, BUILT_IN).snapshot()
+
+
+def test_questions_about_its_own_pictures_are_about_what_the_decoder_drew(
+    further_lessons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = tokenizer.Tokenizer().load_published(BUILT_IN / "image_tokenizer/image_tokenizer.safetensors")
+    monkeypatch.setattr(data, "EXAMPLES", 4)
+    examples = data.examples(tmp_path, encoder, print)
+    examples[1] = replace(examples[1], scene=examples[0].scene)  # not what will be drawn
+    own = data.own(tmp_path, Studio(), examples, print)
+    assert [each.small for each in own] == [each.small for each in examples if each is not examples[1]]
+    for each in own:
+        (drawn,) = (example for example in examples if example.small == each.small)
+        assert replace(each, large=drawn.large) == drawn
+        before, after = np.array(drawn.large), np.array(each.large)
+        assert after.shape == (16, 16) and 0 < (before != after).mean() < 1  # another picture of the same scene
+    assert data.own(tmp_path, None, examples, print) == own  # kept, and drawn once
+
+    tokens, material = further_lessons.tokens, replace(further_lessons.material, own=own[:1])
+    (asked,) = further.FurtherCurriculum(tokens, examples, material).makers["ask own"](random.Random(0))
+    first, codes = len(tokens.header(16, 16)), tokens.codes_to_ids(sum(own[0].large, []))
+    assert [clean(asked)[first + index] for index in range(200)] == codes[:200]
 
 
 def test_what_happens_in_a_story_is_copied_from_its_prompt(further_lessons) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ...checkpoint.layout import BUILT_IN, Checkpoint
 from ...tokens import Tokens
+from ..studio import Studio
 from ..world import SIDE, SUMMARY
 from . import backbone, data, decoder, export, text, tokenizer, vae
 from .curriculum import Curriculum, Example
@@ -106,6 +107,8 @@ class Training:
         """What the backbone learns after that, from a checkpoint alone: its words, its pictures as codes, its weights."""
         lessons, learner = self._begin_further()
         for name, stage in backbone.FURTHER.items():
+            if stage.mean_of:
+                learner = averaged(stage.mean_of, learner, self._further)[0]
             learner.requires_grad_(True)
             learner.network.requires_grad_(name != "backbone-heads")
             of = backbone.losses(learner, lessons, stage.turns)
@@ -121,16 +124,15 @@ class Training:
         self._write_learned()
 
     def _write_learned(self) -> None:
-        """The weights of the stage that was begun last, from the last of all on the mean of a few; and the words."""
-        stages = list(backbone.FURTHER)
-        begun = [name for name in stages if (self._further / f"{name}.pt").exists()]
+        """The weights of the stage that was begun last, or at the end those of a few in the mean; and the words."""
+        begun = [name for name in backbone.FURTHER if (self._further / f"{name}.pt").exists()]
         if not begun:
             raise SystemExit(f"Nothing has been learned further in {self.work} yet.")
-        chosen = begun[-backbone.BLENDED :] if begun == stages else begun[-1:]
+        chosen = backbone.BLENDED if begun == list(backbone.FURTHER) else begun[-1:]
         learner, steps = averaged(chosen, backbone.Learner(), self._further)
         export.write_backbone(self.out, learner.network.state_dict())
         shutil.copy(self._further / "tokenizer.json", self.out)
-        _say(f"{', '.join(chosen)}, after {steps} steps: {self.out}")
+        _say(f"{', '.join(dict.fromkeys(chosen))}, after {steps} steps: {self.out}")
 
     @property
     def _further(self) -> Path:
@@ -145,9 +147,9 @@ class Training:
         words = text.add_words(self._further / "tokenizer.json", backbone.TEXT_IDS, text.further_sentences())
         encoder = tokenizer.Tokenizer().load_published(self.out / "image_tokenizer/image_tokenizer.safetensors")
         examples = data.examples(self._further, encoder, _say)
-        lessons = FurtherCurriculum(
-            Tokens(Checkpoint(self._further)), examples, data.material(self._further, encoder, _say)
-        )
+        own = data.own(self._further, Studio(Checkpoint(self.out)), examples, _say)
+        material = data.material(self._further, encoder, own, _say)
+        lessons = FurtherCurriculum(Tokens(Checkpoint(self._further)), examples, material)
         learner = backbone.Learner()
         weights = load_file(self.out / "model.safetensors")
         learner.network.load_state_dict({name: value.float() for name, value in weights.items()})

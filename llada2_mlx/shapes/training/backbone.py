@@ -59,11 +59,19 @@ PLACING, LOOKING, NAMING, GUIDING = 0.3, 0.2, 0.5, 0.5  # weights of the additio
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training: how long, which tasks in turn from which step on, and how many edits are scrambled."""
+    """A part of the training.
+
+    Args:
+        schedule: how long, and how fast.
+        turns: the first step of each, and the tasks in turn.
+        scrambled: the share of edits in which any codes stand where they are only to be copied.
+        mean_of: stages whose weights, in the mean, it begins with; those of the one before if there are none.
+    """
 
     schedule: Schedule
     turns: dict[int, tuple[str, ...]]
     scrambled: float = 0.0
+    mean_of: tuple[str, ...] = ()
 
 
 # each task often enough that it gets better, and those of before often enough that they get no worse
@@ -93,6 +101,11 @@ ALL_OF_IT = (  # questions first, which had become a little worse
     *("ask", "edit", "story on", "ask", "borrow", "edit", "ask small", "story", "two", "ask", "edit", "draw"),
     *("ask", "borrow", "edit", "story on", "ask", "two", "edit", "plan", "ask", "story", "edit", "redraw"),
     *("ask", "story words", "edit", "free", "ask", "borrow", "ask small", "story begin", "edit", "redraw before"),
+)
+MOSTLY_OWN = (  # questions about its own pictures, whose edges are not as sharp, and drawing them
+    *("ask own", "draw", "edit", "ask own", "story on", "draw", "ask own", "borrow", "ask own", "edit", "draw"),
+    *("two", "ask own", "draw", "story words", "ask own", "edit", "plan", "ask own", "draw", "borrow", "ask own"),
+    *("free", "edit", "ask own", "draw", "story begin", "ask own", "two", "redraw before", "ask"),
 )
 MOSTLY_EDITS = ("edit", "ask", "edit", "edit", "draw", "edit", "edit", "ask", "edit", "edit")
 
@@ -139,8 +152,15 @@ FURTHER = {
         Schedule(steps=3000, rate=9e-4, warmup=100, average=0.998), {0: MOSTLY_STORY_WORDS}, scrambled=0.3
     ),
     "backbone-tenth": Stage(Schedule(steps=1000, rate=6e-4, warmup=50, average=0.996), {0: ALL_OF_IT}, scrambled=0.3),
+    "backbone-eleventh": Stage(
+        Schedule(steps=600, rate=6e-4, warmup=40, average=0.996),
+        {0: MOSTLY_OWN},
+        scrambled=0.3,
+        mean_of=("backbone-ninth", "backbone-tenth"),  # tells stories as the one, and answers as the other
+    ),
 }
-BLENDED = 2  # the last stages: the mean of their weights tells stories as the one, and answers as the other
+# Stages whose weights, in the mean, are what is written: what the last began with, and what it learned, half each.
+BLENDED = ("backbone-ninth", "backbone-tenth", "backbone-eleventh", "backbone-eleventh")
 
 
 class Learner(nn.Module):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,9 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from ...files import replacing
+from ...imaging.flow import DecodeOptions
+from ...imaging.pixels import to_images
+from ...imaging.prepare import Purpose
 from ..grammar import Change, Edit, edit
+from ..measures import same_layout
+from ..studio import Studio
 from ..world import Scene, held_out, scenes
-from .curriculum import Example
+from .curriculum import Example, grid_of
 from .further import Loaned, Material, Told, Unplaced, loans, tales, unplaced
 from .pixels import drawn
 from .tokenizer import SMALL, Tokenizer
@@ -21,6 +27,7 @@ from .vae import Autoencoder
 
 EXAMPLES = 16000  # for the backbone
 UNPLACED, LOANS, TALES = 3000, 5000, 6000  # for what it learns further
+OWN, OWN_STEPS = 620, 4  # examples as the turbo decoder draws them, in half of its usual steps, and hardly worse
 PICTURES = 5000  # for the decoder
 BATCH = 50
 
@@ -44,8 +51,8 @@ def examples(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> 
     ]
 
 
-def material(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> Material:
-    """What the backbone learns further; its codes are kept in ``folder``."""
+def material(folder: Path, tokenizer: Tokenizer, own: Sequence[Example], say: Callable[[str], None]) -> Material:
+    """What the backbone learns further; its codes are kept in ``folder``, and ``own`` goes with it."""
     alone = list(islice(unplaced("unplaced"), UNPLACED))
     lent, told = list(islice(loans("loans"), LOANS)), list(islice(tales("tales"), TALES))
     pictures = [
@@ -63,7 +70,30 @@ def material(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> 
         [Unplaced(shapes, scene, *take(1)) for shapes, scene in alone],
         [Loaned(both, made, take(3)) for both, made in lent],
         [Told(each, take(len(each.scenes))) for each in told],
+        own,
     )
+
+
+def own(folder: Path, studio: Studio, examples: Sequence[Example], say: Callable[[str], None]) -> list[Example]:
+    """The first examples with the codes of what the decoder makes of them as ``large``; kept in ``folder``.
+
+    Those of which the detector reads another scene are left out.
+    """
+    chosen = examples[:OWN]
+
+    def redraw(start: int) -> dict[str, torch.Tensor]:
+        part = chosen[start : start + BATCH]
+        latents = studio.turbo.sample([grid_of(each.small) for each in part], DecodeOptions(OWN_STEPS))
+        pictures = to_images(studio.vae.decode(latents))
+        grids = [studio.tokenizer.encode(picture, Purpose.UNDERSTAND) for picture in pictures]
+        return {
+            "codes": torch.tensor([grid.codes.tolist() for grid in grids]).short(),
+            "right": torch.tensor([same_layout(*pair) for pair in zip(pictures, (each.scene for each in part))]),
+        }
+
+    made_codes = _made(folder / "own.pt", len(chosen), redraw, say)
+    drawn = zip(chosen, made_codes["codes"].tolist(), made_codes["right"].tolist(), strict=True)
+    return [replace(example, large=large) for example, large, right in drawn if right]
 
 
 def latents(folder: Path, vae: Autoencoder, say: Callable[[str], None]) -> torch.Tensor:

@@ -40,6 +40,7 @@ from ..world import (
     scenes,
 )
 from .curriculum import (
+    BATCHES,
     DROPPED,
     GUIDED,
     QUESTIONS,
@@ -58,6 +59,7 @@ from .curriculum import (
 from .packed import BLOCK, Packed, aligned, find, instruction, part
 
 SIZES = {
+    "ask own": BATCHES["ask"],
     "plan": 12,
     "free": 20,
     "two": 2,
@@ -118,6 +120,7 @@ class Material:
     unplaced: Sequence[Unplaced]
     loans: Sequence[Loaned]
     tales: Sequence[Told]
+    own: Sequence[Example]  # ``large`` is of what the decoder draws, not of the picture that it was told of
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class FurtherCurriculum(Curriculum):
         self.material = material
         self.sizes |= SIZES
         self.makers |= {
+            "ask own": lambda rng: self._ask(rng.choice(material.own), rng),
             "plan": self._plan,
             "free": lambda rng: [self._unplaced(rng.choice(material.unplaced), rng)],
             "two": partial(self._two, large=True),
