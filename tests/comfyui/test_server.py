@@ -160,7 +160,8 @@ def test_the_picture_appears_while_it_is_decoded(comfy: Comfy, unique: str) -> N
     alike = lambda one, other: np.corrcoef(np.ravel(one), np.ravel(other))[0, 1]
     assert alike(last, drawn) > 0.99
     # the colours are those of a linear map, so that they are not exact; where they are is
-    assert alike(seen[-1], drawn) > max(0.6, alike(seen[0], drawn), alike(seen[-1], ImageOps.mirror(drawn)))
+    # they are predictions of the whole picture, so that a flat one is there from the first on
+    assert all(alike(each, drawn) > max(0.6, alike(each, ImageOps.mirror(drawn))) for each in seen)
 
 
 def test_the_answer_grows_on_the_canvas(comfy: Comfy) -> None:
