@@ -62,6 +62,5 @@ def further_lessons(folder: Path, tmp_path_factory: pytest.TempPathFactory, less
         [further.Unplaced(shapes, scene, codes()) for shapes, scene in islice(further.unplaced("test"), 10)],
         [further.Loaned(both, made, (codes(), codes(), codes())) for both, made in islice(further.loans("test"), 10)],
         [further.Told(tale, tuple(codes() for _ in tale.scenes)) for tale in islice(further.tales("test"), 10)],
-        lessons.examples,
     )
-    return further.FurtherCurriculum(Tokens(Checkpoint(own)), lessons.examples, material)
+    return further.FurtherCurriculum(Tokens(Checkpoint(own)), lessons.examples, material, lessons.examples)

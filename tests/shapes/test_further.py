@@ -460,8 +460,10 @@ def test_questions_about_its_own_pictures_are_about_what_the_decoder_drew(
         assert after.shape == (16, 16) and 0 < (before != after).mean() < 1  # another picture of the same scene
     assert data.own(tmp_path, None, examples, print) == own  # kept, and drawn once
 
-    tokens, material = further_lessons.tokens, replace(further_lessons.material, own=own[:1])
-    (asked,) = further.FurtherCurriculum(tokens, examples, material).makers["ask own"](random.Random(0))
+    tokens = further_lessons.tokens
+    (asked,) = further.FurtherCurriculum(tokens, examples, further_lessons.material, own[:1]).makers["ask own"](
+        random.Random(0)
+    )
     first, codes = len(tokens.header(16, 16)), tokens.codes_to_ids(sum(own[0].large, []))
     assert [clean(asked)[first + index] for index in range(200)] == codes[:200]
 

@@ -57,7 +57,7 @@ class Curriculum:
         self.tokens, self.examples, self.scrambled = tokens, examples, scrambled
         self.sizes = dict(BATCHES)
         self.makers: dict[str, Callable[[random.Random], list[Packed]]] = {
-            task: partial(self._any, make)
+            task: partial(self._any, make, examples)
             for task, make in {
                 "draw": self._draw,
                 "edit": self._edit,
@@ -66,8 +66,11 @@ class Curriculum:
             }.items()
         }
 
-    def _any(self, make: Callable[[Example, random.Random], list[Packed]], rng: random.Random) -> list[Packed]:
-        return make(rng.choice(self.examples), rng)
+    @staticmethod
+    def _any(
+        make: Callable[[Example, random.Random], list[Packed]], examples: Sequence[Example], rng: random.Random
+    ) -> list[Packed]:
+        return make(rng.choice(examples), rng)
 
     def batch(self, task: str, rng: random.Random) -> dict[str, torch.Tensor]:
         """A batch of a task; see ``stacked``."""

@@ -51,8 +51,8 @@ def examples(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> 
     ]
 
 
-def material(folder: Path, tokenizer: Tokenizer, own: Sequence[Example], say: Callable[[str], None]) -> Material:
-    """What the backbone learns further; its codes are kept in ``folder``, and ``own`` goes with it."""
+def material(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> Material:
+    """What the backbone learns further; its codes are kept in ``folder``."""
     alone = list(islice(unplaced("unplaced"), UNPLACED))
     lent, told = list(islice(loans("loans"), LOANS)), list(islice(tales("tales"), TALES))
     pictures = [
@@ -70,7 +70,6 @@ def material(folder: Path, tokenizer: Tokenizer, own: Sequence[Example], say: Ca
         [Unplaced(shapes, scene, *take(1)) for shapes, scene in alone],
         [Loaned(both, made, take(3)) for both, made in lent],
         [Told(each, take(len(each.scenes))) for each in told],
-        own,
     )
 
 

@@ -120,7 +120,6 @@ class Material:
     unplaced: Sequence[Unplaced]
     loans: Sequence[Loaned]
     tales: Sequence[Told]
-    own: Sequence[Example]  # ``large`` is of what the decoder draws, not of the picture that it was told of
 
 
 @dataclass(frozen=True)
@@ -138,14 +137,22 @@ class FurtherCurriculum(Curriculum):
     Args:
         examples: as before; questions about two pictures take two of them, and redrawing a part of one.
         material: for the other tasks.
+        own: examples whose ``large`` is of what the decoder draws.
     """
 
-    def __init__(self, tokens: Tokens, examples: Sequence[Example], material: Material, scrambled: float = 0.0) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        examples: Sequence[Example],
+        material: Material,
+        own: Sequence[Example],
+        scrambled: float = 0.0,
+    ) -> None:
         super().__init__(tokens, examples, scrambled)
         self.material = material
         self.sizes |= SIZES
         self.makers |= {
-            "ask own": lambda rng: self._ask(rng.choice(material.own), rng),
+            "ask own": partial(self._any, self._ask, own),
             "plan": self._plan,
             "free": lambda rng: [self._unplaced(rng.choice(material.unplaced), rng)],
             "two": partial(self._two, large=True),
@@ -155,8 +162,8 @@ class FurtherCurriculum(Curriculum):
             "story words": lambda rng: [self._story_words(self._longest(rng), rng)],
             "story begin": lambda rng: self._story_picture(rng.choice(material.tales), 0, rng),
             "story on": self._story_on,
-            "redraw": partial(self._any, self._redraw),
-            "redraw before": partial(self._any, self._redraw_before),
+            "redraw": partial(self._any, self._redraw, examples),
+            "redraw before": partial(self._any, self._redraw_before, examples),
         }
 
     def _plan(self, rng: random.Random) -> list[Packed]:
