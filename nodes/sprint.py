@@ -68,7 +68,9 @@ class LLaDA2Sprint(io.ComfyNode):
                     "distribution is narrowest.",
                 ),
             ],
-            outputs=[SprintSocket.Output("sprint", tooltip="For LLaDA2 Text to VQ and LLaDA2 Understand.")],
+            outputs=[
+                SprintSocket.Output("sprint", tooltip="For LLaDA2 Text to VQ, LLaDA2 Understand and LLaDA2 Chat.")
+            ],
         )
 
     @classmethod
