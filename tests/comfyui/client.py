@@ -167,6 +167,11 @@ class Comfy:
             for image in (output or {}).get("images", [])
         ]
 
+    def image(self, run: Run, node: str) -> Path:
+        """The one file that a node of a run saved."""
+        (path,) = self.images(Run(run.prompt_id, {node: run.outputs[node]}))
+        return path
+
 
 def ran(run: Run) -> Run:
     assert run.error is None, run.error

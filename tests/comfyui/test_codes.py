@@ -108,6 +108,21 @@ def test_the_shipped_workflow_puts_the_star_into_a_second_corner(comfy: Comfy) -
     assert (first == look(grid.codes, COLOURS, scale=32)).all()
 
 
+def test_the_shipped_workflow_puts_a_half_and_its_mirror_image_side_by_side(comfy: Comfy) -> None:
+    run = ran(comfy.run(workflow("flip_and_stitch")))
+    drawn, flipped, stitched = (
+        np.asarray(Image.open(comfy.image(run, key)).convert("RGB"))[16::32, 16::32] for key in ("4", "6", "8")
+    )
+    half = drawn[:, :4]  # a colour for each code
+    assert (flipped == half[:, ::-1]).all() and (stitched == np.concatenate([half, half[:, ::-1]], 1)).all()
+    assert layout_of(comfy.image(run, "10")) == {
+        (Kind.CIRCLE, Colour.RED, Place.TOP_LEFT),
+        (Kind.CIRCLE, Colour.RED, Place.TOP_RIGHT),
+        (Kind.SQUARE, Colour.GREEN, Place.BOTTOM_LEFT),
+        (Kind.SQUARE, Colour.GREEN, Place.BOTTOM_RIGHT),
+    }
+
+
 # --- saving and loading ---------------------------------------------------------------------------------------------
 
 

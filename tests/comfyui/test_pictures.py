@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 from client import Comfy, Run, workflow
+from layouts import DRAWN, seen_in
 from PIL import Image
 
-ASK = "ask_about_two_pictures"
+from llada2_mlx.shapes.world import Background, Colour, Kind, Pattern, Place, Tone
+
+ASK, REFER = "ask_about_two_pictures", "edit_with_a_reference"
 
 
 def ran(run: Run) -> Run:
@@ -78,6 +81,17 @@ def test_the_shipped_question_is_about_both_pictures(comfy: Comfy) -> None:
     again = ran(comfy.run(workflow(ASK, **{"8": swapped})))
     assert {"8", "9"} <= set(again.executed) and "4" in again.cached
     assert again.outputs["10"]["text"] == ["the second"]
+
+
+def test_the_shipped_edit_takes_the_background_of_the_first_picture_and_keeps_the_shapes_of_the_second(
+    comfy: Comfy,
+) -> None:
+    run = ran(comfy.run(workflow(REFER)))
+    first, second, result = (seen_in(comfy.image(run, node)) for node in ("12", "13", "11"))
+    assert first and second and result
+    assert first.layout() == {(Kind.RING, Colour.GREEN, Place.TOP_RIGHT)} and second.layout() == DRAWN
+    assert first.background == Background(Pattern.STRIPED, Tone.SKY) != second.background
+    assert (result.layout(), result.background) == (DRAWN, first.background)
 
 
 def test_an_edit_has_the_size_of_its_source(comfy: Comfy) -> None:

@@ -41,6 +41,8 @@ NAMES = sorted(set(TEMPLATES.values()))
 OTHERS = {
     "codes_as_things",
     "draw_several_pictures",
+    "edit_with_a_reference",
+    "flip_and_stitch",
     "grow_a_picture",
     "redraw_a_part",
     "redraw_the_least_certain",
