@@ -28,6 +28,9 @@ CHIPS = {  # GB/s
     "M3": 100, "M3 Pro": 150, "M3 Max": 400, "M3 Ultra": 819, "M4": 120, "M4 Pro": 273, "M4 Max": 546,
     "M5": 153, "M5 Pro": 307, "M5 Max": 614,
 }  # fmt: skip
+TOGETHER = (1, 2, 4, 8)  # pictures
+# what `auto` takes in 16 GB, in 32 GB and from 48 GB on, which these chips are sold with
+FITTING = {"M1": "4bit", "M4": "8bit", "M3 Max": "bf16", "M4 Max": "bf16", "M3 Ultra": "bf16"}
 
 
 def main() -> None:
@@ -46,15 +49,33 @@ def main() -> None:
         print(f"| {chip} | {speed} | {' | '.join(f'{size / 1e9 / speed / SHARE:.0f} s' for size in read)} |")
     print(f"\n| pictures together, 512 x 512 | {' | '.join(f'{name}, GB a picture' for name in precisions)} |")
     print("|---" * (1 + len(precisions)) + "|")
-    for pictures in (1, 2, 4, 8):
+    for pictures in TOGETHER:
         each = [drawing_bytes(name, 16, pictures) / pictures / 1e9 for name in precisions]
         print(f"| {pictures} | {' | '.join(f'{size:,.0f}' for size in each)} |")
+    print(f"\n| pictures a minute at most, 512 x 512 | {' | '.join(f'{count} together' for count in TOGETHER)} |")
+    print("|---" * (1 + len(TOGETHER)) + "|")
+    for chip, name in FITTING.items():
+        most = [60 * CHIPS[chip] * SHARE / (drawing_bytes(name, 16, count) / count / 1e9) for count in TOGETHER]
+        print(f"| {chip}, {name} | {' | '.join(f'{pictures:.1f}' for pictures in most)} |")
+    print(f"\nProducts of a picture, 512 x 512: {drawing_products(16) / 1e12:.1f} TFLOP")
 
 
 def drawing_bytes(name: str, side: int, pictures: int = 1) -> float:
     """Pictures of side x side codes together: both branches, all blocks, ``STEPS`` steps each."""
     blocks, tokens = blocks_of(PROMPT, side * side), 2 * BLOCK * pictures
     return blocks * (step_bytes(name, 2 * tokens) + (STEPS - 1) * step_bytes(name, tokens))
+
+
+def drawing_products(side: int) -> float:
+    """Floating-point operations of a picture's matrix products, without attention's scores: as many however many are drawn."""
+    positions = blocks_of(PROMPT, side * side) * (STEPS + 1) * 2 * BLOCK
+    active = 0.0
+    for parameter, value in tree_flatten(precision.build(BACKBONE, None).parameters()):
+        if not parameter.startswith(("lm_head.", "model.word_embeddings.")):
+            share = BACKBONE.num_experts_per_tok / BACKBONE.num_experts if ".switch_mlp." in parameter else 1
+            active += share * prod(value.shape)
+    # both branches share a product with the head
+    return 2 * positions * (active + BACKBONE.codebook_size * BACKBONE.hidden_size / 2)
 
 
 def answer_bytes(name: str) -> float:
