@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sprinting = argparse.ArgumentParser(add_help=False)
-    sprinting.add_argument("--sprint", action="store_true", help="faster on long prompts, and not exact; with:")
+    sprinting.add_argument(
+        "--sprint", action="store_true", help="may be faster where much stands before, and is not exact; with:"
+    )
     sprinting.add_argument("--keep-ratio", type=float, default=0.7, help="part of what stands before that is looked at")
     sprinting.add_argument("--warm-up", type=int, default=2, help="steps of a block that look at all of it")
     sprinting.add_argument("--alpha", type=float, default=0.5, help="rank by keys (1) or by the model's confidence (0)")

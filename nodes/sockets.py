@@ -132,7 +132,9 @@ def choice_inputs() -> list[io.Input]:
     ]
 
 
-def sprint_input(tooltip: str = "From LLaDA2 SPRINT: faster on long prompts, and not exact.") -> io.Input:
+def sprint_input(
+    tooltip: str = "From LLaDA2 SPRINT: may be faster where much stands before, and is not exact.",
+) -> io.Input:
     return SprintSocket.Input("sprint", optional=True, tooltip=tooltip)
 
 

@@ -16,8 +16,8 @@ class LLaDA2Sprint(io.ComfyNode):
             node_id="LLaDA2Sprint",
             display_name="LLaDA2 SPRINT",
             category="LLaDA2",
-            description="Faster drawing and answering on long prompts, and not exact: after the first steps of a block the model "
-            "looks at a part of what stands before. Link it to a node that draws or answers.",
+            description="Drawing and answering that may be faster where much stands before, and is not exact: after the first steps of a "
+            "block the model looks at a part of what stands before. Link it to a node that draws or answers.",
             search_aliases=["llada", "sprint", "speed", "fast", "acceleration", "kv cache", "pruning"],
             inputs=[
                 io.Float.Input(
@@ -26,7 +26,8 @@ class LLaDA2Sprint(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="The part of what stands before that the later steps of a block look at. Lower is faster and rougher.",
+                    tooltip="The part of what stands before that the later steps of a block look at. Lower is faster and rougher. On a CPU, "
+                    "with 2,500 codes before a long answer, 0.7 was no faster than without SPRINT, and 0.3 was 1.3 times as fast.",
                 ),
                 io.Int.Input(
                     "warm_up", default=2, min=1, max=256, tooltip="Steps of each block that look at all of it."
