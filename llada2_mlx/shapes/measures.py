@@ -222,6 +222,21 @@ def repainted(studio: Studio, count: int, seeing: Seeing) -> Score:
     return score
 
 
+def grown(studio: Studio, count: int) -> Score:
+    """Drawn pictures of which a half that shows something is cut away and grown again: the whole scene, background and all.
+
+    The sides come in turn; the prompt is a caption of the whole. No lesson is about it: those of redrawing mask the
+    places that an edit changes, one or two, and a little around them.
+    """
+    score, rng, sides = Score(), random.Random("test growing"), cycle(("left", "right", "top", "bottom"))
+    world = scenes("test growing", test=True)
+    for side in islice(sides, count):
+        scene = next(scene for scene in world if any(side in shape.place.value for shape in scene.shapes))
+        picture = studio.regrow(draw(scene), side, caption(scene, rng, with_background=True))
+        score.add(side, same_scene(picture, scene))
+    return score
+
+
 def _asked(work: Callable[[], T], otherwise: T) -> T:
     """What ``work`` gives; ``otherwise`` where the model wrote what is no picture, plan or story."""
     try:
@@ -282,7 +297,7 @@ def table(studio: Studio, say: Callable[[str], None], scale: float = 1.0, only: 
 
 
 def further_table(studio: Studio, say: Callable[[str], None], scale: float = 1.0, only: Sequence[str] = ()) -> None:
-    """The same of what it learned later: plans, several pictures, stories and redrawing."""
+    """The same of what it learned later: plans, several pictures, stories and redrawing; and growing."""
     count = lambda full: max(1, round(full * scale))
     _tell(
         say,
@@ -295,6 +310,7 @@ def further_table(studio: Studio, say: Callable[[str], None], scale: float = 1.0
             ("story of three pictures", "each kind 80 %", lambda: stories(studio, count(50))),
             ("redrawing, the picture seen", "80 %", lambda: repainted(studio, count(80), Seeing.PICTURE)),
             ("redrawing, what comes before seen", "80 %", lambda: repainted(studio, count(80), Seeing.BEFORE)),
+            ("growing a picture", "80 %", lambda: grown(studio, count(80))),
         ),
     )
 
@@ -324,7 +340,7 @@ def main() -> None:
     parser.add_argument(
         "--further",
         action="store_true",
-        help="plans, several pictures, stories and redrawing, in place of the first table",
+        help="plans, several pictures, stories, redrawing and growing, in place of the first table",
     )
     parser.add_argument("--only", nargs="+", default=(), metavar="ROW", help="rows of the table, by their names")
     parser.add_argument("--engine", choices=("torch", "mlx", "mlx-8bit"), default="torch", help="of the decoders")

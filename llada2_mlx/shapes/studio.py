@@ -12,6 +12,7 @@ from .. import tasks
 from ..backbone.handle import Backbone
 from ..backbone.sprint import Sprint
 from ..checkpoint.layout import BUILT_IN, Checkpoint, Part
+from ..grids import crop
 from ..imaging import load_part
 from ..imaging.decoder import LatentDecoder
 from ..imaging.flow import DecodeOptions
@@ -113,6 +114,15 @@ class Studio:
         """A picture of which the codes in ``masked``, bool [height, width], are drawn anew."""
         grid = self.tokenizer.encode(picture, Purpose.EDIT)
         return self.decode(tasks.redraw(self.backbone, grid, masked, text, seeing).grid)
+
+    def regrow(self, picture: Image.Image, side: str, prompt: str) -> Image.Image:
+        """A picture whose half on a side, "left", "right", "top" or "bottom", is cut away and drawn around the rest again."""
+        grid = self.tokenizer.encode(picture, Purpose.EDIT)
+        across = side in ("left", "right")
+        gone = (grid.width if across else grid.height) // 2
+        left, top = gone * (side == "left"), gone * (side == "top")
+        kept = crop(grid, left, top, grid.width - gone * across, grid.height - gone * (not across))
+        return self.decode(tasks.grow(self.backbone, kept, prompt, **{side: gone}).grid)
 
     def redraw(self, picture: Image.Image) -> Image.Image:
         """A picture through codes and back."""
