@@ -15,6 +15,10 @@ import numpy as np
 from .errors import RequestError
 from .vq import Origin, VQGrid
 
+# What the part of a code that a mask has to cover can be, and by how many codes a mask can grow.
+LEAST_THRESHOLD, MOST_THRESHOLD = 0.01, 1.0
+MOST_GROWN = 64
+
 
 class Flip(Enum):
     """What changes places; the value is what a person calls it."""
@@ -121,8 +125,9 @@ def cells(mask: np.ndarray, height: int, width: int, threshold: float = 0.5) -> 
         mask: floats [rows, columns] in 0 .. 1, over the whole picture.
 
     Raises:
-        RequestError: the mask is empty or has another shape.
+        RequestError: the mask is empty or has another shape, or the threshold is out of range.
     """
+    require_threshold(threshold)
     if mask.ndim != 2 or 0 in mask.shape:
         raise RequestError(f"A mask of shape {list(mask.shape)} cannot be used; it needs rows and columns.")
     rows, columns = mask.shape
@@ -147,9 +152,29 @@ def paired(first: Sequence[VQGrid], second: Sequence[VQGrid]) -> list[tuple[VQGr
 
 
 def grown(cells: np.ndarray, by: int) -> np.ndarray:
-    """What is true in ``cells``, and what is at most ``by`` codes from it, corners included."""
+    """What is true in ``cells``, and what is at most ``by`` codes from it, corners included: booleans [height, width].
+
+    Raises:
+        RequestError: ``by`` is not 0 to ``MOST_GROWN``.
+    """
+    require_growth(by)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(cells, by), (2 * by + 1, 2 * by + 1))
     return windows.any(axis=(-2, -1))
+
+
+def require_threshold(threshold: float) -> None:
+    """Raise ``RequestError`` unless the threshold of a mask is ``LEAST_THRESHOLD`` to ``MOST_THRESHOLD``."""
+    if not LEAST_THRESHOLD <= threshold <= MOST_THRESHOLD:  # false for NaN, too
+        raise RequestError(
+            f"The mask threshold is {threshold}; it has to be from {LEAST_THRESHOLD:g} to {MOST_THRESHOLD:g}, the part of a code "
+            "that the mask has to cover."
+        )
+
+
+def require_growth(by: int) -> None:
+    """Raise ``RequestError`` unless a mask grows by 0 to ``MOST_GROWN`` codes."""
+    if not 0 <= by <= MOST_GROWN:
+        raise RequestError(f"The mask is to grow by {by} codes; it has to be from 0 to {MOST_GROWN}.")
 
 
 def _shares(length: int, kept: float, parts: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..llada2_mlx import prompts
 from ..llada2_mlx.checkpoint.codebook import doubt
 from ..llada2_mlx.checkpoint.sizes import DECODED_PIXELS
-from ..llada2_mlx.grids import grown
+from ..llada2_mlx.grids import LEAST_THRESHOLD, MOST_GROWN, MOST_THRESHOLD, grown
 from ..llada2_mlx.vq import picture_seed
 from . import host
 from .sockets import (
@@ -91,8 +91,8 @@ class LLaDA2Redraw(io.ComfyNode):
                 io.Float.Input(
                     "mask_threshold",
                     default=0.1,
-                    min=0.01,
-                    max=1.0,
+                    min=LEAST_THRESHOLD,
+                    max=MOST_THRESHOLD,
                     step=0.01,
                     advanced=True,
                     optional=True,
@@ -102,7 +102,7 @@ class LLaDA2Redraw(io.ComfyNode):
                     "mask_grow",
                     default=0,
                     min=0,
-                    max=64,
+                    max=MOST_GROWN,
                     advanced=True,
                     optional=True,
                     tooltip=f"Codes by which the mask grows in all directions. A code is {DECODED_PIXELS} pixels of the decoded picture.",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llada2_mlx.errors import RequestError
-from llada2_mlx.grids import Flip, Layout, cells, crop, difference, flip, join, paired, paste
+from llada2_mlx.grids import Flip, Layout, cells, crop, difference, flip, grown, join, paired, paste
 from llada2_mlx.vq import Origin, VQGrid
 
 OURS = Origin("ours", vectors="aa", table="bb", use="editing")
@@ -162,6 +162,32 @@ def test_a_mask_is_scaled_to_codes() -> None:
 def test_what_is_no_mask(shape: tuple[int, ...]) -> None:
     with pytest.raises(RequestError, match="it needs rows and columns"):
         cells(np.zeros(shape), 8, 8)
+
+
+@pytest.mark.parametrize("threshold", [-1, 0, 0.009, 1.01, 7, float("nan"), float("inf")])
+def test_a_threshold_out_of_range_is_refused(threshold: float) -> None:
+    for mask in (np.zeros((8, 8)), np.ones((8, 8))):
+        with pytest.raises(RequestError, match=r"mask threshold is .*; it has to be from 0\.01 to 1"):
+            cells(mask, 8, 8, threshold)
+
+
+@pytest.mark.parametrize("by", [0, 1, 2, 5, 64])
+def test_a_mask_grows_in_all_directions(by: int) -> None:
+    where = np.zeros((9, 12), bool)
+    where[0, 3] = where[6, 10] = True
+    found = grown(where, by)
+    assert found.dtype == bool and found.shape == where.shape
+    for (row, column), covered in np.ndenumerate(found):
+        near = max(abs(row - 0), abs(column - 3)) <= by or max(abs(row - 6), abs(column - 10)) <= by
+        assert covered == near
+    assert not grown(np.zeros((9, 12), bool), by).any()
+    assert where.sum() == 2  # what was given stays as it was
+
+
+@pytest.mark.parametrize("by", [-1, 65, 100_000])
+def test_a_growth_out_of_range_is_refused(by: int) -> None:
+    with pytest.raises(RequestError, match=f"is to grow by {by} codes; it has to be from 0 to 64"):
+        grown(np.zeros((8, 8), bool), by)
 
 
 def test_batches_are_paired(grid: VQGrid) -> None:

@@ -75,7 +75,7 @@ def to_cells(mask: torch.Tensor | None, grids: Sequence[VQGrid], threshold: floa
         threshold: the part of a code that has to be covered at least.
 
     Raises:
-        RequestError: the mask is empty, or for another number of grids.
+        RequestError: the mask is empty or for another number of grids, or the threshold is out of range.
     """
     if mask is None:
         return [None] * len(grids)

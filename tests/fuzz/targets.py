@@ -364,7 +364,10 @@ TARGETS = [
     Target(
         "masks",
         st.tuples(
-            a_tensor(st.integers(1, 4)), st.lists(a_grid(), min_size=1, max_size=3), st.floats(0, 1), st.integers(0, 5)
+            a_tensor(st.integers(1, 4)),
+            st.lists(a_grid(), min_size=1, max_size=3),
+            st.floats(0.01, 1) | st.floats(),
+            st.integers(0, 5) | st.integers(),
         ),
         _masks,
     ),
