@@ -263,9 +263,9 @@ def look(a: argparse.Namespace) -> None:
     from .imaging import look as looking
 
     _writable(a.output, ".png")
+    looking.require_scale(a.pixels)
     grid, checkpoint = VQGrid.load(a.codes), _resolve(a, Part.IMAGE_TOKENIZER)
-    require_same(grid, checkpoint)
-    picture = Image.fromarray(looking.look(grid.codes, looking.palette(checkpoint), scale=a.pixels))
+    picture = Image.fromarray(looking.look_at(grid, checkpoint, scale=a.pixels))
     with replacing(Path(a.output)) as partial:
         picture.save(partial, format="PNG")
     print(f"{a.output}: {picture.width} x {picture.height} pixels")

@@ -6,8 +6,9 @@ from ..llada2_mlx.checkpoint.codebook import require_same
 from ..llada2_mlx.checkpoint.layout import Part
 from ..llada2_mlx.checkpoint.sizes import DECODED_PIXELS, ENCODED_PIXELS
 from ..llada2_mlx.grids import Flip, Layout, crop, difference, flip, join, paired, paste
-from ..llada2_mlx.imaging.look import LARGEST_SCALE, look, palette
+from ..llada2_mlx.imaging.look import LARGEST_SCALE, look_at
 from ..llada2_mlx.imaging.pixels import to_cells, to_mask, to_pixels
+from ..llada2_mlx.prompts import require_codebook
 from . import host
 from .sockets import BackboneSocket, VQSocket, model_input
 
@@ -48,6 +49,7 @@ def _check_result(backbone, grids) -> None:
         host.tell(host.size_note(grids))
     for grid in grids if backbone is not None else ():
         backbone.tokens.check_size(grid.height, grid.width)
+        require_codebook(backbone.tokens, grid)
         require_same(grid, backbone.checkpoint)
 
 
@@ -183,10 +185,8 @@ class LLaDA2LookAtVQ(io.ComfyNode):
     @host.explains
     def execute(cls, vq, model, pixels, mask=None) -> io.NodeOutput:
         checkpoint = host.checkpoint(host.model_of_codes(model, vq), Part.IMAGE_TOKENIZER)
-        for grid in vq:
-            require_same(grid, checkpoint)
-        masked, colours = to_cells(mask, vq), palette(checkpoint)
-        batches = to_pixels([look(grid.codes, colours, own, pixels) for grid, own in zip(vq, masked, strict=True)])
+        masked = to_cells(mask, vq)
+        batches = to_pixels([look_at(grid, checkpoint, own, pixels) for grid, own in zip(vq, masked, strict=True)])
         shown = [image for batch in batches for image in ui.PreviewImage(batch).values]
         return io.NodeOutput(batches, ui={"images": shown})
 

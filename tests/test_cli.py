@@ -357,6 +357,9 @@ def test_a_look_at_codes(run) -> None:
     VQGrid(grid.codes, 256, origin(Checkpoint(tiny()))).save("codes.safetensors")
     status, _, err = run("look", "codes.safetensors", "--model", str(BUILT_IN))
     assert status == 1 and "shapes has another codebook" in err
+    VQGrid(grid.codes % 5, 5).save("codes.safetensors")  # without fingerprints, and each code has a colour
+    status, _, err = run("look", "codes.safetensors")
+    assert status == 1 and "made by a model with 5 codes; the image tokenizer" in err
 
 
 def test_what_a_model_is(run) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoint.codebook import VECTORS
+from ..checkpoint.codebook import VECTORS, require_same
 from ..checkpoint.hub import again
 from ..checkpoint.layout import Checkpoint
 from ..errors import CheckpointError, RequestError
+from ..vq import VQGrid
 
 LARGEST_SCALE = 64  # pixels on a side of a code
 _OUTLIERS = 2  # percent at each end of an axis that get its last colour
@@ -38,6 +39,33 @@ def palette(checkpoint: Checkpoint) -> np.ndarray:
     return _palette(path, stat.st_size, stat.st_mtime_ns)
 
 
+def look_at(grid: VQGrid, checkpoint: Checkpoint, masked: np.ndarray | None = None, scale: int = 16) -> np.ndarray:
+    """A picture of a grid in the colours of a model: uint8 [height * scale, width * scale, 3].
+
+    Args:
+        masked, scale: as for ``look``.
+
+    Raises:
+        RequestError: the grid is of another codebook, as far as that is known, or of one of another size; or as ``look``.
+        CheckpointError: as ``palette``.
+    """
+    require_scale(scale)
+    require_same(grid, checkpoint)
+    colours = palette(checkpoint)
+    if grid.codebook_size != len(colours):  # a file without fingerprints says no more of its codebook
+        raise RequestError(
+            f"The grid was made by a model with {grid.codebook_size} codes; the image tokenizer of {checkpoint.root.name} has "
+            f"{len(colours)}. Choose the model that made the grid."
+        )
+    return look(grid.codes, colours, masked, scale)
+
+
+def require_scale(scale: int) -> None:
+    """Raise ``RequestError`` unless a code is shown by 1 to ``LARGEST_SCALE`` pixels on a side."""
+    if not 1 <= scale <= LARGEST_SCALE:
+        raise RequestError(f"A code is shown by 1 to {LARGEST_SCALE} pixels on a side, not by {scale}.")
+
+
 def look(codes: np.ndarray, palette: np.ndarray, masked: np.ndarray | None = None, scale: int = 16) -> np.ndarray:
     """A picture of codes: uint8 [height * scale, width * scale, 3]. Cheap enough to show every step of a drawing.
 
@@ -50,8 +78,7 @@ def look(codes: np.ndarray, palette: np.ndarray, masked: np.ndarray | None = Non
     Raises:
         RequestError: a code is not in the palette, ``masked`` has another size, or ``scale`` is not 1 to 64.
     """
-    if not 1 <= scale <= LARGEST_SCALE:
-        raise RequestError(f"A code is shown by 1 to {LARGEST_SCALE} pixels on a side, not by {scale}.")
+    require_scale(scale)
     if masked is None:
         masked = np.zeros(codes.shape, bool)
     if masked.shape != codes.shape:

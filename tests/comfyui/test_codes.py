@@ -393,6 +393,8 @@ def test_looking_at_codes_of_another_model(comfy: Comfy, name: str) -> None:
     assert "do not say which model they are of" in failed(comfy.run(prompt), "2")
     prompt["2"]["inputs"]["model"] = "Shapes (built in)"
     ran(comfy.run(prompt))
+    prompt["1"] = load(put(comfy, f"{name}-few", VQGrid(made(1).codes % 5, 5)))
+    assert "made by a model with 5 codes; the image tokenizer" in failed(comfy.run(prompt), "2")
     small = put(comfy, f"{name}-large", made(1, of=Origin(), size=5000))
     prompt["1"] = load(small)
     assert "there are colours for 0 to 2047" in failed(comfy.run(prompt), "2")

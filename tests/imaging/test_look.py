@@ -16,9 +16,9 @@ from synthetic import tiny
 from llada2_mlx.checkpoint.codebook import VECTORS
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint
 from llada2_mlx.errors import CheckpointError, RequestError
-from llada2_mlx.imaging.look import look, palette
+from llada2_mlx.imaging.look import look, look_at, palette
 from llada2_mlx.imaging.pixels import to_cells, to_mask, to_pixels
-from llada2_mlx.vq import VQGrid
+from llada2_mlx.vq import Origin, VQGrid
 
 NAME = "image_tokenizer/image_tokenizer.safetensors"
 
@@ -152,6 +152,16 @@ def test_what_cannot_be_looked_at() -> None:
             look(np.array([[0]]), COLOURS, scale=scale)
     with pytest.raises(RequestError, match=r"The mask is for a grid of \[1, 2\] codes"):
         look(np.array([[0]]), COLOURS, np.zeros((1, 2), bool))
+
+
+def test_a_grid_of_another_codebook_is_not_looked_at(model: Path) -> None:
+    checkpoint, codes = Checkpoint(model), np.arange(80).reshape(8, 10) % 5
+    assert (look_at(VQGrid(codes, 256), checkpoint, scale=2) == look(codes, palette(checkpoint), scale=2)).all()
+    for size in (5, 255, 2048):  # also where each code has a colour
+        with pytest.raises(RequestError, match=f"model with {size} codes; the image tokenizer of model has 256"):
+            look_at(VQGrid(codes, size), checkpoint)
+    with pytest.raises(RequestError, match="model has another codebook"):
+        look_at(VQGrid(codes, 256, Origin("theirs", vectors="aa")), checkpoint)
 
 
 def test_it_is_cheap_enough_for_ten_a_second() -> None:
