@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.layout import Checkpoint, Part, TensorInfo, safetensors_header
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 from ..progress import OnStep, Progress, ignore
 from ..vq import VQGrid, picture_seed
 from .flow import DecodeOptions, OnLatent, Velocity, combined, solve
@@ -87,9 +87,10 @@ class LatentDecoder(ABC):
             on_latent: handed after each network call what is seen of the picture so far, [channels, 1, height, width].
 
         Raises:
-            RequestError: a grid is of a model with another codebook.
+            RequestError: there is no grid, they have several sizes, or one is of a model with another codebook; before any work.
             LLaDA2Error: the prior or the network gave values that are not finite.
         """
+        require_one_size(grids)
         conditions = [self.features(grid) for grid in grids]
         latents, self.skipped_calls = [], 0
         for index, (grid, condition) in enumerate(zip(grids, conditions, strict=True)):
@@ -122,6 +123,18 @@ class LatentDecoder(ABC):
         return latent
 
 
+def require_one_size(grids: Sequence[VQGrid]) -> None:
+    """Raise ``RequestError`` unless there are grids, and all of them have one size."""
+    if len(sizes := {grid.codes.shape for grid in grids}) != 1:
+        told = ", ".join(f"{height} x {width}" for height, width in sorted(sizes))
+        raise RequestError(
+            f"Grids that are decoded together have one size, and these have several ({told} codes, height x width). Decode them "
+            "one by one."
+            if sizes
+            else "There is no grid to decode. Give at least one."
+        )
+
+
 def latent_sides(grid: VQGrid, upscale: int) -> tuple[int, int]:
     """Height and width of the latent that a grid is decoded to."""
     pixels = CODE_PIXELS * upscale
@@ -152,8 +165,11 @@ def check_decode(checkpoint: Checkpoint, part: Part, upscale: int, grids: Sequen
         grids: what is to be decoded, once it is there.
 
     Raises:
-        RequestError: a grid is of a model with another codebook, or the decoder cannot enlarge by ``upscale``.
+        RequestError: a grid is of a model with another codebook, the grids have several sizes, or the decoder cannot enlarge
+            by ``upscale``.
         CheckpointError: the decoder or the VAE is missing or damaged.
     """
     checkpoint.require(part, Part.VAE)
+    if grids:
+        require_one_size(grids)
     check_conditioning(checkpoint, upscale, grids)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llada2_mlx.checkpoint.layout import Checkpoint, Part
 from llada2_mlx.errors import LLaDA2Error, RequestError
 from llada2_mlx.imaging import flow
+from llada2_mlx.imaging.decoder import check_decode
 from llada2_mlx.imaging.flow import FIXED_SOLVERS, SOLVERS, DecodeOptions, Sampler, guide, ode_times
 from llada2_mlx.imaging.transformer_torch import Decoder
 from llada2_mlx.imaging.vae import VAE
@@ -45,6 +46,16 @@ def test_a_picture_of_a_batch_is_what_it_is_alone(decoder: Decoder) -> None:
     assert batch.shape == (3, 16, 16, 20) and batch.dtype == torch.float32
     for index, own in enumerate((grid(0), grid(1), grid(0))):
         assert torch.equal(batch[index : index + 1], decoder.sample([own], replace(OPTIONS, seed=7 + index)))
+
+
+def test_grids_of_several_sizes_are_refused_before_any_work(decoder: Decoder) -> None:
+    other = VQGrid(np.zeros((10, 8), int), 256)
+    with pytest.raises(RequestError, match=r"several \(8 x 10, 10 x 8 codes, height x width\). Decode them one by one"):
+        decoder.sample([grid(), other], OPTIONS, pytest.fail)
+    with pytest.raises(RequestError, match="several"):
+        check_decode(Checkpoint(tiny()), Part.DECODER_TURBO, 2, [grid(), other])
+    with pytest.raises(RequestError, match="no grid to decode"):
+        decoder.sample([], OPTIONS)
 
 
 @pytest.mark.parametrize("sampler", list(Sampler))
