@@ -65,20 +65,25 @@ VERDICTS = {
 def t2i(a: argparse.Namespace) -> None:
     """Draw a picture."""
     from . import tasks
+    from .backbone.guidance import Guidance
 
     prompts.require_text(a.prompt, "prompt")
+    tasks.require_pictures(a.pictures)
+    tasks.require_multiples(a.width, a.height)
     for path in _numbered(a.output, a.pictures):
         _writable(path, ".png")
     for path in _numbered(a.codes, a.pictures) if a.codes else ():
         _writable(path, ".safetensors")
-    checkpoint = _resolve(a, Part.BACKBONE, *_decoder_parts(a))
-    options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
-    size = {"width": a.width, "height": a.height}
+    Guidance.simple(a.guidance, a.rescale)
+    options, sampling, sprint = _decode_options(a), _sampling(a), _sprint(a)
     thinking = tasks.Thinking(a.thinking_steps, a.thinking_length, a.thinking_temperature) if a.thinking else None
+    checkpoint = _resolve(a, Part.BACKBONE, *_decoder_parts(a))
+    _check_decoder(a, checkpoint)
+    size, backbone = {"width": a.width, "height": a.height}, _backbone(a, checkpoint)
     _warn(backbone.tokens.doubt(a.prompt))
     with _Bars() as on_step:
         guided = {"guidance": a.guidance, "rescale": a.rescale, "sampling": sampling}
-        more = {"thinking": thinking, "sprint": _sprint(a), "pictures": a.pictures}
+        more = {"thinking": thinking, "sprint": sprint, "pictures": a.pictures}
         drawing = tasks.text_to_vq(backbone, a.prompt, **size, **guided, **more, on_step=on_step)
     if drawing.reasoning:
         print(drawing.reasoning)
@@ -94,16 +99,20 @@ def t2i(a: argparse.Namespace) -> None:
 def understand(a: argparse.Namespace) -> None:
     """Answer a question about a picture, or about several."""
     from . import tasks
+    from .backbone.denoising import require_length
 
     prompts.require_text(a.question, "question")
+    require_length(a.max_new_tokens)
+    _check_encoding(a)
+    sampling, sprint = _sampling(a), _sprint(a)
+    images = [_open(path) for path in (a.image, *a.others)]
     checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER)
-    sampling, backbone = _sampling(a), _backbone(a, checkpoint)
-    paths = [a.image, *a.others]
-    pictures = _encode(a, checkpoint, _understanding(paths), *paths)
+    backbone = _backbone(a, checkpoint)
+    pictures = _codes(a, checkpoint, _understanding(images), images)
     _warn(backbone.tokens.doubt(a.question))
     with _Bars() as on_step:
         answer = tasks.understand(
-            backbone, pictures, a.question, a.max_new_tokens, sampling, on_step=on_step, sprint=_sprint(a)
+            backbone, pictures, a.question, a.max_new_tokens, sampling, on_step=on_step, sprint=sprint
         )
     print(answer.text)
     _tell(answer.report)
@@ -111,12 +120,16 @@ def understand(a: argparse.Namespace) -> None:
 
 def chat(a: argparse.Namespace) -> int:
     """Talk with the model, also about pictures; /help says how."""
+    from .backbone.denoising import require_length
     from .chat import Conversation
     from .terminal import Terminal
 
+    require_length(a.max_new_tokens)
+    _check_encoding(a)
+    sampling, sprint = _sampling(a), _sprint(a)
     images = [_open(path) for path in a.image]
     checkpoint = _resolve(a, Part.BACKBONE)
-    sampling, backbone, interactive = _sampling(a), _backbone(a, checkpoint), sys.stdin.isatty()
+    backbone, interactive = _backbone(a, checkpoint), sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  input() then has lines that can be edited and called again
     terminal = Terminal(
@@ -127,7 +140,7 @@ def chat(a: argparse.Namespace) -> int:
         Conversation(a.system),
         sampling,
         a.max_new_tokens,
-        _sprint(a),
+        sprint,
         interactive,
         images=images,
     )
@@ -142,17 +155,23 @@ def chat(a: argparse.Namespace) -> int:
 def edit(a: argparse.Namespace) -> None:
     """Change a picture as an instruction says, which may refer to other pictures."""
     from . import tasks
+    from .backbone.guidance import Guidance
 
     prompts.require_text(a.instruction, "instruction")
     _writable(a.output, ".png")
+    Guidance.editing(a.guidance, a.image_guidance, a.rescale)
+    _check_encoding(a)
+    options, sampling, sprint = _decode_options(a), _sampling(a), _sprint(a)
+    images = [_open(path) for path in (*a.others, a.image)]
     checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
-    options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
-    pictures = _encode(a, checkpoint, "edit-published" if a.published_crop else "edit", *a.others, a.image)
+    _check_decoder(a, checkpoint)
+    backbone = _backbone(a, checkpoint)
+    pictures = _codes(a, checkpoint, "edit-published" if a.published_crop else "edit", images)
     _warn(backbone.tokens.doubt(a.instruction))
     with _Bars() as on_step:
         guided = {"text_guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
         drawing = tasks.edit(
-            backbone, pictures, a.instruction, **guided, sampling=sampling, on_step=on_step, sprint=_sprint(a)
+            backbone, pictures, a.instruction, **guided, sampling=sampling, on_step=on_step, sprint=sprint
         )
     _warn(*drawing.warnings)
     backbone.unload()  # makes room for the decoder
@@ -165,15 +184,18 @@ def redraw(a: argparse.Namespace) -> None:
     import numpy as np
 
     from . import tasks
-    from .grids import cells, grown
+    from .grids import cells, grown, require_growth, require_threshold
 
+    require_threshold(a.mask_threshold)
+    require_growth(a.mask_grow)
     mask = np.asarray(_open(a.mask).convert("L")) / 255
+    tasks.require_covered(mask)
+    covered = lambda height, width: grown(cells(mask, height, width, a.mask_threshold), a.mask_grow)
 
     def draw(backbone: Backbone, grid: VQGrid, **options: object) -> tasks.Drawing:
-        covered = grown(cells(mask, grid.height, grid.width, a.mask_threshold), a.mask_grow)
-        return tasks.redraw(backbone, grid, covered, a.text, **options)
+        return tasks.redraw(backbone, grid, covered(grid.height, grid.width), a.text, **options)
 
-    _redraw(a, draw)
+    _redraw(a, draw, lambda height, width: tasks.require_covered(covered(height, width)))
 
 
 def grow(a: argparse.Namespace) -> None:
@@ -181,17 +203,39 @@ def grow(a: argparse.Namespace) -> None:
     from . import tasks
 
     sides = {"left": a.left, "top": a.top, "right": a.right, "bottom": a.bottom}
+    tasks.require_added(**sides)
     _redraw(a, lambda backbone, grid, **options: tasks.grow(backbone, grid, a.text, **sides, **options))
 
 
-def _redraw(a: argparse.Namespace, draw: Callable[..., tasks.Drawing]) -> None:
-    """A picture, or codes that were saved, drawn in part by ``draw(backbone, grid, ...)``."""
+def _redraw(
+    a: argparse.Namespace,
+    draw: Callable[..., tasks.Drawing],
+    check: Callable[[int, int], None] = lambda height, width: None,
+) -> None:
+    """A picture, or codes that were saved, drawn in part by ``draw(backbone, grid, ...)``.
+
+    Args:
+        check: raises ``RequestError`` where a grid of so many codes cannot be drawn in part; called as soon as its size is known.
+    """
+    from . import tasks
+    from .imaging.prepare import PATCH, Purpose, prepare_for
+
     prompts.require_text(a.text, "text")
     _writable(a.output, ".png")
-    saved = Path(a.image).suffix.lower() == ".safetensors"
-    checkpoint = _resolve(a, Part.BACKBONE, *([] if saved else [Part.IMAGE_TOKENIZER]), *_decoder_parts(a))
-    options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
-    grid = VQGrid.load(a.image) if saved else _encode(a, checkpoint, "edit", a.image)
+    tasks.redraw_guidance(SEEING[a.seeing], a.guidance, a.image_guidance, a.rescale)
+    _check_encoding(a)
+    options, sampling = _decode_options(a), _sampling(a)
+    saved = VQGrid.load(a.image) if Path(a.image).suffix.lower() == ".safetensors" else None
+    if saved is not None:
+        check(saved.height, saved.width)
+    image = _open(a.image) if saved is None else None
+    checkpoint = _resolve(a, Part.BACKBONE, *([Part.IMAGE_TOKENIZER] if image else []), *_decoder_parts(a))
+    _check_decoder(a, checkpoint, *([saved] if saved else []))
+    if image is not None:
+        width, height = prepare_for(checkpoint.image_sizes, image, Purpose.EDIT, a.size).size
+        check(height // PATCH, width // PATCH)
+    backbone = _backbone(a, checkpoint)
+    grid = _codes(a, checkpoint, "edit", [image]) if saved is None else saved
     _warn(backbone.tokens.doubt(a.text))
     with _Bars() as on_step:
         guided = {"guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
@@ -207,9 +251,14 @@ def story(a: argparse.Namespace) -> None:
     from . import story as stories
 
     prompts.require_text(a.prompt, "prompt")
+    stories.require_limits(a.pictures, a.text_length)
+    stories.guidances(a.text_guidance, a.image_guidance, a.rescale)
+    options, sampling = _decode_options(a), _sampling(a)
+    stories.text_sampling(sampling, a.text_steps, a.text_temperature)
     folder = _empty_folder(a.output)
     checkpoint = _resolve(a, Part.BACKBONE, *_decoder_parts(a))
-    options, sampling, backbone = _decode_options(a, checkpoint), _sampling(a), _backbone(a, checkpoint)
+    _check_decoder(a, checkpoint)
+    backbone = _backbone(a, checkpoint)
     _warn(backbone.tokens.doubt(a.prompt))
 
     so_far = ""
@@ -244,7 +293,9 @@ def story(a: argparse.Namespace) -> None:
 def encode(a: argparse.Namespace) -> None:
     """Turn a picture into codes."""
     _writable(a.output, ".safetensors")
-    (grid,) = grids_of(_encode(a, _resolve(a, Part.IMAGE_TOKENIZER), a.purpose, a.image))
+    _check_encoding(a)
+    image = _open(a.image)
+    (grid,) = grids_of(_codes(a, _resolve(a, Part.IMAGE_TOKENIZER), a.purpose, [image]))
     grid.save(a.output)
     print(f"{a.output}: {grid}")
 
@@ -252,8 +303,10 @@ def encode(a: argparse.Namespace) -> None:
 def decode(a: argparse.Namespace) -> None:
     """Turn codes into a picture."""
     _writable(a.output, ".png")
-    grid, checkpoint = VQGrid.load(a.codes), _resolve(a, *_decoder_parts(a))
-    _decode(a, checkpoint, (grid,), _decode_options(a, checkpoint, grid))
+    grid, options = VQGrid.load(a.codes), _decode_options(a)
+    checkpoint = _resolve(a, *_decoder_parts(a))
+    _check_decoder(a, checkpoint, grid)
+    _decode(a, checkpoint, (grid,), options)
 
 
 def look(a: argparse.Namespace) -> None:
@@ -327,12 +380,16 @@ def doctor(a: argparse.Namespace) -> int:
 
 def bench(a: argparse.Namespace) -> None:
     """Measure every stage on this machine, and print figures to paste into an issue."""
+    from . import tasks
     from .checkup import bench
 
     if a.json:
         _writable(a.json, ".json")
+    tasks.require_multiples(a.size, a.size)
+    options = _decode_options(a)
     checkpoint = _resolve(a, Part.BACKBONE, Part.IMAGE_TOKENIZER, *_decoder_parts(a))
-    options, backbone = _decode_options(a, checkpoint), _backbone(a, checkpoint)
+    _check_decoder(a, checkpoint)
+    backbone = _backbone(a, checkpoint)
     part, device, name = DECODERS[a.decoder][0], _device(a), _name(a.model)
     with _Bars() as on_step:
         figures = bench.measure(checkpoint, backbone, part, options, device, a.size, name, on_step, a.runs, a.engine)
@@ -346,19 +403,24 @@ def demo(a: argparse.Namespace) -> None:
     from .shapes import gallery
     from .shapes.studio import Studio
 
-    gallery.make(Path(a.folder), Studio(_resolve(a, *Part)))
+    folder = _folder(a.folder)
+    gallery.make(folder, Studio(_resolve(a, *Part)))
     if a.model == str(BUILT_IN):
         print("This is Shapes, the toy that is built in; it knows flat shapes in four places, and no other words.")
 
 
 def convert(a: argparse.Namespace) -> None:
     """Write a smaller copy of a model: its language model with few bits, its decoders too if asked, the rest linked."""
-    from .backbone.convert import add_parts, convert, is_current
+    from .backbone.convert import add_parts, convert, is_current, require_place
+    from .checkpoint.copies import state_of
     from .imaging.decoder import decoder_folder
     from .imaging.decoder_copy import convert_decoder
     from .worker import MLXWorker
 
-    source, copy, worker = _resolve(a, Part.BACKBONE), Checkpoint(Path(a.destination).absolute()), MLXWorker()
+    copy = Checkpoint(Path(a.destination).absolute())
+    if state_of(copy.root) is None:  # a copy may be the one that is wanted: that can be told when the source is here
+        require_place(copy.root)
+    source, worker = _resolve(a, Part.BACKBONE), MLXWorker()
     with _Bars() as on_step:
         if not is_current(copy.root, source, a.bits, a.group_size):
             worker.drive(convert(source, copy.root, a.bits, a.group_size), on_step)
@@ -433,12 +495,16 @@ def _backbone(a: argparse.Namespace, checkpoint: Checkpoint) -> Backbone:
     return backbone
 
 
-def _encode(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str, *paths: str) -> Pictures:
-    """The picture as codes, or a set of several in their order."""
-    return _codes(a, checkpoint, purpose, [_open(path) for path in paths])
+def _check_encoding(a: argparse.Namespace) -> None:
+    """Say before the model is fetched what is wrong with how pictures are to be encoded."""
+    from .imaging.prepare import require_side
+
+    _device(a)
+    require_side(a.size)
 
 
 def _codes(a: argparse.Namespace, checkpoint: Checkpoint, purpose: str, images: Sequence[Image.Image]) -> Pictures:
+    """The picture as codes, or a set of several in their order."""
     from .imaging import load_part
     from .imaging.prepare import Purpose, use_of
 
@@ -573,9 +639,7 @@ def _writable(path: str, suffix: str) -> None:
 
 def _empty_folder(path: str) -> Path:
     """Say before the work, not after it, that a folder cannot be made, or holds something already."""
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"The output {path} is a file, not a folder. Choose another name.")
+    folder = _folder(path)
     if folder.is_dir() and not holds_nothing(folder):
         raise RequestError(f"The folder {path} is not empty. Choose a new one, or empty it; nothing in it is replaced.")
     parent = folder if folder.is_dir() else folder.absolute().parent
@@ -589,6 +653,14 @@ def _empty_folder(path: str) -> Path:
     return folder
 
 
+def _folder(path: str) -> Path:
+    """A folder, which need not be there yet."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"The output {path} is a file, not a folder. Choose another name.")
+    return folder
+
+
 def _write(path: Path, text: str) -> None:
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -598,24 +670,29 @@ def _decoder_parts(a: argparse.Namespace) -> tuple[Part, Part]:
     return DECODERS[a.decoder][0], Part.VAE
 
 
-def _decode_options(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGrid) -> DecodeOptions:
-    """The decoder's options, after all that can be checked before the work."""
-    from .imaging.decoder import check_decode
-    from .imaging.engine import check_engine
+def _decode_options(a: argparse.Namespace) -> DecodeOptions:
+    """The decoder's options, after all that can be checked without the model."""
     from .imaging.flow import DecodeOptions, Sampler, with_preset
 
     _device(a)
     if a.preset != "custom":
         _check_preset(a)
-    check_decode(checkpoint, DECODERS[a.decoder][0], a.upscale, grids)
-    check_engine(checkpoint, DECODERS[a.decoder][0], a.engine)
-    for grid in grids:
-        require_same(grid, checkpoint)
     steps = DECODERS[a.decoder][1] if a.decoder_steps is None else a.decoder_steps
     way = {name: default if getattr(a, name) is None else getattr(a, name) for name, default in WAY.items()}
     way["sampler"] = Sampler(SAMPLERS[way["sampler"]])
     way["cache_threshold"] = a.cache_threshold
     return with_preset(DecodeOptions(steps, a.decoder_guidance, a.seed, a.upscale, **way), PRESETS[a.preset])
+
+
+def _check_decoder(a: argparse.Namespace, checkpoint: Checkpoint, *grids: VQGrid) -> None:
+    """Say what else can be said before the work, now that the model is here; ``grids`` are what is there already."""
+    from .imaging.decoder import check_decode
+    from .imaging.engine import check_engine
+
+    check_decode(checkpoint, DECODERS[a.decoder][0], a.upscale, grids)
+    check_engine(checkpoint, DECODERS[a.decoder][0], a.engine)
+    for grid in grids:
+        require_same(grid, checkpoint)
 
 
 def _check_preset(a: argparse.Namespace) -> None:

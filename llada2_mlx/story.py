@@ -95,23 +95,20 @@ def tell(
         RequestError: a limit or a scale is out of range, or the prompt is too long, before anything runs; the model wrote
             neither text nor a picture, after that.
     """
+    require_limits(pictures, text)
     smallest = min(backbone.tokens.sizes) ** 2
-    if not 1 <= pictures <= MOST_PICTURES:
-        raise RequestError(f"A story of {pictures} pictures is asked for; it has to be from 1 to {MOST_PICTURES}.")
     if codes < smallest:
         raise RequestError(
             f"A picture may have {codes} codes at most; the smallest one has {smallest}. Raise the limit."
         )
-    if text < 1:
-        raise RequestError(f"The text may have {text} tokens at most; it has to be 1 or more. Raise the limit.")
     request = prompts.story(backbone.tokens, prompt).conditional
     check_length(len(request), 1, backbone.config.max_position_embeddings)
     teller = _Teller(
         backbone,
         request,
         limits=(pictures, codes, text),
-        guidance=(Guidance.simple(text_guidance, rescale), Guidance.editing(text_guidance, image_guidance, rescale)),
-        sampling=(replace(sampling, steps=text_steps, temperature=text_temperature), sampling),
+        guidance=guidances(text_guidance, image_guidance, rescale),
+        sampling=(text_sampling(sampling, text_steps, text_temperature), sampling),
     )
     announced = 0
 
@@ -135,6 +132,36 @@ def tell(
     if on_text:
         on_text(story.markdown)
     return story
+
+
+def require_limits(pictures: int, text: int) -> None:
+    """Check a story's limits, as far as it can be done without a model; see ``tell``.
+
+    Raises:
+        RequestError: one is out of range.
+    """
+    if not 1 <= pictures <= MOST_PICTURES:
+        raise RequestError(f"A story of {pictures} pictures is asked for; it has to be from 1 to {MOST_PICTURES}.")
+    if text < 1:
+        raise RequestError(f"The text may have {text} tokens at most; it has to be 1 or more. Raise the limit.")
+
+
+def guidances(text: float, image: float, rescale: float) -> tuple[Guidance, Guidance]:
+    """The guidance of a story's first picture, and of the others; see ``tell``.
+
+    Raises:
+        RequestError: a scale is out of range.
+    """
+    return Guidance.simple(text, rescale), Guidance.editing(text, image, rescale)
+
+
+def text_sampling(sampling: Sampling, steps: int, temperature: float) -> Sampling:
+    """How the tokens of a story's texts are chosen, if its codes are as ``sampling`` says.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+    return replace(sampling, steps=steps, temperature=temperature)
 
 
 class _Teller:

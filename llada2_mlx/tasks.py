@@ -11,7 +11,17 @@ import numpy as np
 
 from . import prompts
 from .backbone.acceptance import Sampling
-from .backbone.denoising import DENOISING, Draft, Generation, Method, Vocabulary, add_branches, check_length, generate
+from .backbone.denoising import (
+    DENOISING,
+    Draft,
+    Generation,
+    Method,
+    Vocabulary,
+    add_branches,
+    check_length,
+    generate,
+    require_length,
+)
 from .backbone.guidance import Guidance
 from .backbone.handle import Backbone, Steps
 from .backbone.network import LLaDA2
@@ -73,11 +83,18 @@ class Thinking:
         steps: denoising steps for a block of the plan.
         length: tokens of the plan at most, the header of the picture included.
         temperature: of the plan; see ``Sampling``.
+
+    Raises:
+        RequestError: a value is out of range.
     """
 
     steps: int = 32
     length: int = 4096
     temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        Sampling(steps=self.steps, temperature=self.temperature)  # says what is out of range
+        require_length(self.length)
 
 
 @dataclass(frozen=True)
@@ -128,8 +145,7 @@ def text_to_vq(
         RequestError: the size has no size token, the prompt is too long or the number of pictures is out of range, before
             anything runs; the model did not begin a picture in what it wrote, after that.
     """
-    if not 1 <= pictures <= MOST_PICTURES:
-        raise RequestError(f"{pictures} pictures are asked for; it has to be from 1 to {MOST_PICTURES}.")
+    require_pictures(pictures)
     rows, columns = grid_size(backbone, width, height)
     guided, seeds = Guidance.simple(guidance, rescale), [picture_seed(sampling.seed, i) for i in range(pictures)]
     options = {"sampling": sampling, "method": method, "sprint": sprint}
@@ -227,8 +243,7 @@ def redraw(
     """
     if np.shape(masked) != grid.codes.shape:
         raise RequestError(f"A mask of {list(np.shape(masked))} codes does not fit {grid}.")
-    if not np.any(masked):
-        raise RequestError("The mask covers no code. Paint over what is to be redrawn.")
+    require_covered(masked)
     how = {"sampling": sampling, "method": method, "on_step": on_step, "on_codes": on_codes}
     return _redraw(backbone, grid, grid, masked, text, seeing, guidance, image_guidance, rescale, **how)
 
@@ -261,8 +276,7 @@ def grow(
         RequestError: nothing is to be added, the new size has no size token, the grid is of another model, or the request
             is too long.
     """
-    if min(left, top, right, bottom) < 0 or not left + top + right + bottom:
-        raise RequestError("Nothing is to be added. Say how many codes the picture grows by on at least one side.")
+    require_added(left, top, right, bottom)
     backbone.tokens.check_size(grid.height + top + bottom, grid.width + left + right)
     around = ((top, bottom), (left, right))
     larger = replace(grid, codes=np.pad(grid.codes, around))
@@ -305,6 +319,43 @@ def understand(
     return Answer(_whole(tokens, done.ids), done.ids, done.report)
 
 
+def require_pictures(pictures: int) -> None:
+    """Raise ``RequestError`` unless 1 to ``MOST_PICTURES`` pictures are to be drawn together."""
+    if not 1 <= pictures <= MOST_PICTURES:
+        raise RequestError(f"{pictures} pictures are asked for; it has to be from 1 to {MOST_PICTURES}.")
+
+
+def require_covered(masked: np.ndarray) -> None:
+    """Raise ``RequestError`` if a mask, of any shape and type, covers nothing."""
+    if not np.any(masked):
+        raise RequestError("The mask covers no code. Paint over what is to be redrawn.")
+
+
+def require_added(left: int, top: int, right: int, bottom: int) -> None:
+    """Raise ``RequestError`` unless codes are to be added on at least one side, and taken away on none."""
+    if min(left, top, right, bottom) < 0 or not left + top + right + bottom:
+        raise RequestError("Nothing is to be added. Say how many codes the picture grows by on at least one side.")
+
+
+def require_multiples(width: int, height: int) -> None:
+    """Raise ``RequestError`` unless the sides of a picture, in pixels, are multiples of 32; 0 is the model's own."""
+    if width % DECODED_PIXELS or height % DECODED_PIXELS or min(width, height) < 0:
+        raise RequestError(
+            f"The size is {width} x {height} pixels; both sides have to be multiples of {DECODED_PIXELS}."
+        )
+
+
+def redraw_guidance(seeing: Seeing, guidance: float | None, image_guidance: float, rescale: float) -> Guidance:
+    """The guidance of ``redraw`` and ``grow``, whose inputs these are.
+
+    Raises:
+        RequestError: a scale is out of range.
+    """
+    if seeing is Seeing.PICTURE:
+        return Guidance.editing(4.0 if guidance is None else guidance, image_guidance, rescale)
+    return Guidance.simple(2.0 if guidance is None else guidance, rescale)
+
+
 def grid_size(backbone: Backbone, width: int, height: int) -> tuple[int, int]:
     """Rows and columns of codes for a picture of ``width x height`` pixels; 0 is the model's own size.
 
@@ -313,10 +364,7 @@ def grid_size(backbone: Backbone, width: int, height: int) -> tuple[int, int]:
     """
     own = backbone.checkpoint.image_sizes.drawing or DEFAULT_DRAWING
     width, height = width or own, height or own
-    if width % DECODED_PIXELS or height % DECODED_PIXELS or min(width, height) < 0:
-        raise RequestError(
-            f"The size is {width} x {height} pixels; both sides have to be multiples of {DECODED_PIXELS}."
-        )
+    require_multiples(width, height)
     rows, columns = height // DECODED_PIXELS, width // DECODED_PIXELS
     backbone.tokens.check_size(rows, columns)
     return rows, columns
@@ -464,10 +512,9 @@ def _redraw(
     require_same(source, backbone.checkpoint)
     if seeing is Seeing.PICTURE:
         request = prompts.edit(tokens, source, text, size)
-        guided = Guidance.editing(4.0 if guidance is None else guidance, image_guidance, rescale)
     else:
         request = prompts.text_to_image(tokens, text, *size)
-        guided = Guidance.simple(2.0 if guidance is None else guidance, rescale)
+    guided = redraw_guidance(seeing, guidance, image_guidance, rescale)
     blank, vocabulary = _canvas(backbone, request.branches, size)
     body = np.where(masked, vocabulary.mask, grid.codes + vocabulary.first).flatten().tolist()
     check_length(len(request.conditional), len(body), backbone.config.max_position_embeddings)

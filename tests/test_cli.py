@@ -410,6 +410,122 @@ def test_what_cannot_be_done_is_one_line(run, words: tuple[str, ...], message: s
     assert sorted(path.name for path in Path().iterdir()) == ["text.png"]
 
 
+EDIT = ("edit", "cat.png", "Make it blue.")
+REDRAW = ("redraw", "cat.safetensors", "mask.png", "a dog")
+GROW = ("grow", "cat.safetensors", "a dog", "--top", "2")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("t2i", " "), "prompt is empty"),
+        (("t2i", "a cat", "--top-p", "5"), "top p is 5.0"),
+        (("t2i", "a cat", "--seed", "-1"), "eed is -1"),
+        (("t2i", "a cat", "--pictures", "1000"), "1000 pictures are asked for"),
+        (("t2i", "a cat", "--pictures", "0"), "0 pictures are asked for"),
+        (("t2i", "a cat", "--width", "100"), "multiples of 32"),
+        (("t2i", "a cat", "--guidance", "-2"), "guidance scale is -2"),
+        (("t2i", "a cat", "--rescale", "nan"), "rescale is nan"),
+        (("t2i", "a cat", "--sprint", "--keep-ratio", "7"), "keep ratio is 7"),
+        (("t2i", "a cat", "--thinking", "--thinking-steps", "0"), "steps is 0"),
+        (("t2i", "a cat", "--thinking", "--thinking-length", "0"), "0 tokens are asked for"),
+        (("t2i", "a cat", "--thinking", "--thinking-temperature", "-1"), "temperature is -1"),
+        (("t2i", "a cat", "--decoder-steps", "0"), "steps is 0"),
+        (("t2i", "a cat", "--solver", "best"), "There is no solver 'best'"),
+        (("t2i", "a cat", "--preset", "fast"), "is of the full decoder"),
+        (("t2i", "a cat", "--device", "abacus"), "The device 'abacus' cannot be used"),
+        (("t2i", "a cat", "--codes", "codes.png"), "has to end in .safetensors"),
+        (("understand", "gone.png", "What is it?"), "no picture gone.png"),
+        (("understand", "cat.png", "What is it?", "--with", "gone.png"), "no picture gone.png"),
+        (("understand", "cat.png", "What is it?", "--sprint", "--keep-ratio", "7"), "keep ratio is 7"),
+        (("understand", "cat.png", "What is it?", "--steps", "0"), "steps is 0"),
+        (("understand", "cat.png", "What is it?", "--max-new-tokens", "0"), "0 tokens are asked for"),
+        (("understand", "cat.png", "What is it?", "--size", "100"), "The size is 100"),
+        (("understand", "cat.png", "What is it?", "--device", "abacus"), "The device 'abacus' cannot be used"),
+        (("chat", "--top-p", "5"), "top p is 5.0"),
+        (("chat", "--sprint", "--warm-up", "0"), "warm up is 0"),
+        (("chat", "--max-new-tokens", "0"), "0 tokens are asked for"),
+        (("chat", "--image", "gone.png"), "no picture gone.png"),
+        (("chat", "--size", "100"), "The size is 100"),
+        (("chat", "--device", "abacus"), "The device 'abacus' cannot be used"),
+        (("edit", "gone.png", "Make it blue."), "no picture gone.png"),
+        ((*EDIT, "--with", "gone.png"), "no picture gone.png"),
+        ((*EDIT, "--guidance", "-2"), "text guidance is -2"),
+        ((*EDIT, "--image-guidance", "-2"), "image guidance is -2"),
+        ((*EDIT, "--threshold", "2"), "threshold is 2"),
+        ((*EDIT, "--sprint", "--alpha", "2"), "alpha is 2"),
+        ((*EDIT, "--size", "100"), "The size is 100"),
+        ((*EDIT, "--decoder-guidance", "-1"), "guidance is -1"),
+        (("redraw", "gone.safetensors", "mask.png", "a dog"), "no file gone.safetensors"),
+        (("redraw", "gone.png", "mask.png", "a dog"), "no picture gone.png"),
+        (("redraw", "cat.png", "gone.png", "a dog"), "no picture gone.png"),
+        (("redraw", "cat.png", "empty.png", "a dog"), "covers no code"),
+        (("redraw", "cat.safetensors", "dot.png", "a dog"), "covers no code"),
+        ((*REDRAW, "--mask-grow", "-1"), "is to grow by -1 codes; it has to be from 0 to 64"),
+        ((*REDRAW, "--mask-grow", "100000"), "is to grow by 100000 codes; it has to be from 0 to 64"),
+        ((*REDRAW, "--mask-threshold", "-1"), "mask threshold is -1.0; it has to be from 0.01 to 1"),
+        ((*REDRAW, "--mask-threshold", "7"), "mask threshold is 7.0"),
+        ((*REDRAW, "--mask-threshold", "nan"), "mask threshold is nan"),
+        ((*REDRAW, "--guidance", "-2"), "guidance scale is -2"),
+        ((*REDRAW, "--seeing", "picture", "--image-guidance", "-2"), "image guidance is -2"),
+        ((*REDRAW, "--temperature", "-1"), "temperature is -1"),
+        ((*REDRAW, "--size", "100"), "The size is 100"),
+        (("grow", "cat.safetensors", "a dog"), "Nothing is to be added"),
+        (("grow", "cat.safetensors", "a dog", "--top", "-2"), "Nothing is to be added"),
+        (("grow", "gone.png", "a dog", "--top", "2"), "no picture gone.png"),
+        ((*GROW, "--guidance", "-2"), "guidance scale is -2"),
+        ((*GROW, "--steps", "0"), "steps is 0"),
+        (("story", "a cat", "--pictures", "0"), "story of 0 pictures"),
+        (("story", "a cat", "--text-length", "0"), "The text may have 0 tokens"),
+        (("story", "a cat", "--text-steps", "0"), "steps is 0"),
+        (("story", "a cat", "--text-temperature", "-1"), "temperature is -1"),
+        (("story", "a cat", "--text-guidance", "-2"), "guidance scale is -2"),
+        (("story", "a cat", "--image-guidance", "-2"), "image guidance is -2"),
+        (("story", "a cat", "--top-k", "-1"), "top k is -1"),
+        (("story", "a cat", "--decoder-steps", "0"), "steps is 0"),
+        (("story", "a cat", "-o", "cat.png"), "is a file, not a folder"),
+        (("encode", "gone.png"), "no picture gone.png"),
+        (("encode", "cat.png", "--size", "100"), "The size is 100"),
+        (("encode", "cat.png", "--device", "abacus"), "The device 'abacus' cannot be used"),
+        (("decode", "gone.safetensors"), "no file gone.safetensors"),
+        (("decode", "cat.safetensors", "--decoder-steps", "0"), "steps is 0"),
+        (("look", "cat.safetensors", "--pixels", "0"), "1 to 64 pixels"),
+        (("bench", "--size", "100"), "multiples of 32"),
+        (("bench", "--time-shift", "0"), "time shift is 0"),
+        (("bench", "--json", "figures.txt"), "has to end in .json"),
+        (("demo", "cat.png"), "is a file, not a folder"),
+        (("convert", "someone/model", "full"), "holds something else"),
+        (("convert", "someone/model", "cat.png"), "holds something else"),
+    ],
+)
+def test_what_is_wrong_with_the_words_is_said_before_a_model_is_fetched(
+    run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(commands, "_resolve", lambda *_, **__: pytest.fail("the model would be downloaded"))
+    noise(64, 64).save("cat.png")
+    VQGrid(np.arange(64).reshape(8, 8), 256).save("cat.safetensors")
+    for name, side in (("mask", 64), ("dot", 1), ("empty", 0)):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (0, 0, side, side))
+        mask.save(f"{name}.png")
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("mine")
+    there = sorted(Path().rglob("*"))
+    status, out, err = run(*words)
+    assert status == 1 and err.startswith("llada2-mlx: ") and message in err and err.count("\n") == 1
+    assert not out and sorted(Path().rglob("*")) == there
+
+
+def test_a_mask_that_covers_no_code_is_told_before_the_picture_is_encoded(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imaging, "load_part", lambda *_: pytest.fail("the picture would be encoded"))
+    noise(256, 256).save("cat.png")
+    mask = Image.new("L", (256, 256))
+    mask.putpixel((8, 8), 255)
+    mask.save("dot.png")
+    status, _, err = run("redraw", "cat.png", "dot.png", "a dog")
+    assert status == 1 and "covers no code" in err
+
+
 def test_a_picture_whose_chunk_ends_too_soon_is_refused_in_words(run) -> None:
     file = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(file, "PNG")

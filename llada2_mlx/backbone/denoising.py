@@ -337,10 +337,15 @@ def _check_session(session: Session, guidance: Guidance, sampling: Sampling, met
         raise ValueError(f"a session cannot be continued by another method ({method.value})")
 
 
-def check_length(prompt: int, length: int, most: int) -> None:
-    """Raise ``RequestError`` if prompt and answer together are longer than the model allows."""
+def require_length(length: int) -> None:
+    """Raise ``RequestError`` unless at least one token is asked for."""
     if length < 1:
         raise RequestError(f"{length} tokens are asked for; at least 1 is needed.")
+
+
+def check_length(prompt: int, length: int, most: int) -> None:
+    """Raise ``RequestError`` if prompt and answer together are longer than the model allows."""
+    require_length(length)
     if prompt + length > most:
         raise RequestError(
             f"The request is too long: {prompt} tokens of prompt and {length} to generate make {prompt + length}, "
