@@ -8,7 +8,7 @@ import sys
 from . import __version__, commands
 from .checkpoint.config import PRECISIONS
 from .checkpoint.layout import BUILT_IN, HUB_MODEL
-from .commands import ALL_TASKS, DECODERS, ENGINES, PARTS, PRESETS, PURPOSES, RANKS, SAMPLERS, SEEING, WAY
+from .commands import ALL_TASKS, DECODERS, ENGINES, PARTS, PRESETS, PURPOSES, RANKS, SAMPLERS, SEEING, WAY, FilePath
 from .errors import LLaDA2Error
 
 
@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--model",
+        type=FilePath,
         default=str(BUILT_IN),
         help=f"a model folder, or a hub id such as {HUB_MODEL}; the built-in one if left out",
     )
@@ -68,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     guided.add_argument("--steps", type=int, default=8, help="denoising steps for a block")
 
     to_file = argparse.ArgumentParser(add_help=False)
-    to_file.add_argument("-o", "--output", default="picture.png", help="the PNG file to write (default: picture.png)")
+    to_file.add_argument(
+        "-o", "--output", type=FilePath, default="picture.png", help="the PNG file to write (default: picture.png)"
+    )
 
     in_engine = argparse.ArgumentParser(add_help=False)
     in_engine.add_argument(
@@ -142,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         "--with",
         dest="others",
         metavar="IMAGE",
+        type=FilePath,
         action="append",
         default=[],
         help="another picture; may be given several times. In a question they follow the first picture, in an edit they stand before the "
@@ -153,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--width", type=int, default=0, help="pixels; 0: the model's own")
     p.add_argument("--height", type=int, default=0, help="pixels; 0: the model's own")
     p.add_argument("--guidance", type=float, default=2.0, help="1: none")
-    p.add_argument("--codes", help="also write the codes to this .safetensors file")
+    p.add_argument("--codes", type=FilePath, help="also write the codes to this .safetensors file")
     p.add_argument(
         "--pictures", type=int, default=1, help="how many to draw, above temperature 0; picture i has seed + i"
     )
@@ -163,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--thinking-temperature", type=float, default=0.0, help="of the plan")
 
     p = add(commands.understand, sampling, sprinting, encoding, with_others)
-    p.add_argument("image")
+    p.add_argument("image", type=FilePath)
     p.add_argument("question")
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048)
@@ -173,13 +177,17 @@ def _parser() -> argparse.ArgumentParser:
         "--system", default="", help="what the model is told of its part; what it was trained with if left out"
     )
     p.add_argument(
-        "--image", action="append", default=[], help="shown with what you say first; may be given several times"
+        "--image",
+        type=FilePath,
+        action="append",
+        default=[],
+        help="shown with what you say first; may be given several times",
     )
     p.add_argument("--steps", type=int, default=32, help="denoising steps for a block")
     p.add_argument("--max-new-tokens", type=int, default=2048, help="of an answer")
 
     p = add(commands.edit, sampling, guided, sprinting, to_file, decoding, in_engine, encoding, with_others)
-    p.add_argument("image")
+    p.add_argument("image", type=FilePath)
     p.add_argument("instruction")
     p.add_argument("--guidance", type=float, default=4.0, help="of the text")
     p.add_argument("--image-guidance", type=float, default=0.0, help="0: none")
@@ -188,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     redrawing = argparse.ArgumentParser(add_help=False)
-    redrawing.add_argument("image", help="a picture, or codes that were saved as .safetensors")
+    redrawing.add_argument("image", type=FilePath, help="a picture, or codes that were saved as .safetensors")
     redrawing.add_argument(
         "--guidance", type=float, help="1: none (default: 4 where the whole picture is seen, else 2)"
     )
@@ -202,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     p = add(commands.redraw, sampling, guided, to_file, decoding, in_engine, encoding, redrawing)
-    p.add_argument("mask", help="a picture of any size, white where the other is to be redrawn")
+    p.add_argument("mask", type=FilePath, help="a picture of any size, white where the other is to be redrawn")
     p.add_argument("text")
     p.add_argument("--mask-threshold", type=float, default=0.1, help="the part of a code that has to be covered")
     p.add_argument("--mask-grow", type=int, default=0, help="codes by which the mask grows")
@@ -217,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-o",
         "--output",
+        type=FilePath,
         default="story",
         metavar="FOLDER",
         help="a new or empty folder (default: story); gets index.html, story.md, and of each picture a PNG file and its codes",
@@ -230,17 +239,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--text-temperature", type=float, default=0.0, help="of the texts")
 
     p = add(commands.encode, encoding)
-    p.add_argument("image")
-    p.add_argument("-o", "--output", default="codes.safetensors")
+    p.add_argument("image", type=FilePath)
+    p.add_argument("-o", "--output", type=FilePath, default="codes.safetensors")
     p.add_argument("--purpose", choices=PURPOSES, default="understand")
 
     p = add(commands.decode, to_file, decoding, in_engine)
-    p.add_argument("codes")
+    p.add_argument("codes", type=FilePath)
     p.add_argument("--seed", type=int, default=0, help="of the noise")
 
     p = add(commands.look)
-    p.add_argument("codes")
-    p.add_argument("-o", "--output", default="look.png", help="the PNG file to write (default: look.png)")
+    p.add_argument("codes", type=FilePath)
+    p.add_argument(
+        "-o", "--output", type=FilePath, default="look.png", help="the PNG file to write (default: look.png)"
+    )
     p.add_argument("--pixels", type=int, default=16, help="on a side of a code (default: 16)")
 
     p = add(commands.download, running=False)
@@ -261,8 +272,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     p = add(commands.convert, running=False)
-    p.add_argument("model", metavar="source", help="a model folder, or a hub id")
-    p.add_argument("destination", help="the folder to make")
+    p.add_argument("model", metavar="source", type=FilePath, help="a model folder, or a hub id")
+    p.add_argument("destination", type=FilePath, help="the folder to make")
     p.add_argument(
         "--bits",
         type=int,
@@ -288,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--models",
         metavar="FOLDER",
+        type=FilePath,
         action="append",
         default=[],
         help="a folder with models in it, such as ComfyUI's models/llada2; may be given several times",
@@ -297,8 +309,8 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(seed=0)
     p.add_argument("--size", type=int, default=0, help="side of the picture in pixels; 0: the model's own, 512 at most")
     p.add_argument("--runs", type=int, default=3, help="how often a stage of seconds is run (default: 3)")
-    p.add_argument("--json", metavar="FILE", help="also write the figures to this .json file")
-    add(commands.demo).add_argument("folder", nargs="?", default="demo")
+    p.add_argument("--json", metavar="FILE", type=FilePath, help="also write the figures to this .json file")
+    add(commands.demo).add_argument("folder", nargs="?", type=FilePath, default="demo")
     return parser
 
 

@@ -62,6 +62,10 @@ VERDICTS = {
 }
 
 
+class FilePath(str):
+    """A path as it was typed: what a picture's parameters keep only the name of."""
+
+
 def t2i(a: argparse.Namespace) -> None:
     """Draw a picture."""
     from . import tasks
@@ -584,11 +588,7 @@ def _save_picture(a: argparse.Namespace, image: Image.Image, path: str, options:
     """Write a PNG file that carries its parameters."""
     from PIL.PngImagePlugin import PngInfo
 
-    parameters = {key: value for key, value in vars(a).items() if key != "command" and value is not None}
-    # names, not folders: the picture may be shown to others
-    local = ("model", "image", "codes", "output")
-    parameters |= {key: _name(parameters[key]) for key in local if key in parameters}
-    parameters |= {"others": [_name(path) for path in parameters["others"]]} if "others" in parameters else {}
+    parameters = _parameters(a)
     way = {"decoder_steps": options.steps} | {name: getattr(options, name) for name in WAY}
     way["sampler"] = next(word for word, name in SAMPLERS.items() if name == options.sampler.value)
     parameters |= way | {"version": __version__, **more}
@@ -599,6 +599,18 @@ def _save_picture(a: argparse.Namespace, image: Image.Image, path: str, options:
     print(f"{path}: {image.width} x {image.height} pixels")
 
 
+def _parameters(a: argparse.Namespace) -> dict[str, object]:
+    """What a command was told, for a picture that may be shown to others: of files and folders the names alone."""
+
+    def shown(value: object) -> object:
+        if isinstance(value, list):
+            return [shown(each) for each in value]
+        return Path(value).name if isinstance(value, FilePath) else value
+
+    given = {key: shown(value) for key, value in vars(a).items() if key != "command" and value is not None}
+    return given | {"model": _name(a.model)}
+
+
 def _numbered(path: str, count: int) -> list[str]:
     """``path``, or a path for each of several: ``fox.png`` is ``fox-1.png``, ``fox-2.png`` and so on."""
     name = Path(path)
@@ -606,7 +618,7 @@ def _numbered(path: str, count: int) -> list[str]:
 
 
 def _name(given: str) -> str:
-    """A file or a folder without where it is; a hub id stays whole."""
+    """A model's folder without where it is; a hub id stays whole."""
     return given if is_id(given) and not Path(given).exists() else Path(given).name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -100,14 +101,19 @@ def test_sprint(run) -> None:
     assert status == 1 and "SPRINT's warm up is 0; it has to be from 1" in err
 
 
-def test_a_part_is_redrawn_and_a_picture_grows(run) -> None:
+def test_a_part_is_redrawn_and_a_picture_grows(run, tmp_path: Path) -> None:
     assert run("t2i", "a cat", "-o", "cat.png", "--codes", "cat.safetensors")[0] == 0
     mask = Image.new("L", (50, 50))
     mask.paste(255, (25, 0, 50, 25))
     mask.save("mask.png")
     for seeing in ("picture", "before"):
-        status, out, err = run("redraw", "cat.safetensors", "mask.png", "a dog", "--seeing", seeing, "-o", "dog.png")
+        paths = [str(tmp_path / name) for name in ("cat.safetensors", "mask.png", "dog.png")]
+        status, out, err = run("redraw", *paths[:2], "a dog", "--seeing", seeing, "-o", paths[2])
         assert status == 0 and out.endswith("dog.png: 256 x 256 pixels\n"), err
+        with Image.open("dog.png") as image:
+            parameters = json.loads(image.text["parameters"])
+        assert [parameters[key] for key in ("image", "mask", "output")] == ["cat.safetensors", "mask.png", "dog.png"]
+        assert str(tmp_path) not in image.text["parameters"]
     assert run("redraw", "cat.png", "mask.png", "a dog", "--size", "128", "--mask-grow", "1", "-o", "dog.png")[0] == 0
     status, out, _ = run("grow", "cat.safetensors", "a cat and a dog", "--right", "2", "-o", "wide.png")
     assert (status, out) == (0, "wide.png: 320 x 256 pixels\n")
@@ -122,6 +128,24 @@ def test_a_part_is_redrawn_and_a_picture_grows(run) -> None:
     ):
         status, _, err = run(*words)
         assert status == 1 and sentence in err
+
+
+# arguments that take any text and are no path; what is in neither list is a path without its type
+TEXTS_OF_ARGUMENTS = {"prompt", "question", "instruction", "text", "system", "device", "solver"}
+
+
+def test_a_picture_says_nothing_of_where_files_are() -> None:
+    """Of every argument of every command, also of those that are still to come."""
+    (commands_of,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for command, parser in commands_of.choices.items():
+        told = argparse.Namespace(command=None)
+        for action in parser._actions:
+            taken = action.nargs != 0 and not action.choices and action.type in (None, commands.FilePath)
+            if taken and action.dest not in TEXTS_OF_ARGUMENTS:
+                value = (action.type or str)(f"secret/{action.dest}.png")  # has the form of a hub id too
+                setattr(told, action.dest, [value] if isinstance(action, argparse._AppendAction) else value)
+        told.model = "/home/secret/models/own"
+        assert "secret" not in json.dumps(commands._parameters(told)), command
 
 
 def test_a_plan_that_begins_no_picture(run) -> None:
