@@ -91,7 +91,8 @@ def t2i(a: argparse.Namespace) -> None:
         drawing = tasks.text_to_vq(backbone, a.prompt, **size, **guided, **more, on_step=on_step)
     if drawing.reasoning:
         print(drawing.reasoning)
-    _warn(*drawing.warnings, checkpoint.image_sizes.doubt_grid("drawing", drawing.grids[0]))
+    doubts = (checkpoint.image_sizes.doubt_grid("drawing", grid) for grid in drawing.grids)
+    _warn(*drawing.warnings, *dict.fromkeys(doubts))
     if a.codes:
         for grid, path in zip(drawing.grids, _numbered(a.codes, a.pictures), strict=True):
             grid.save(path)
@@ -535,11 +536,15 @@ def _decode(a: argparse.Namespace, checkpoint: Checkpoint, grids: Sequence[VQGri
     from .imaging import load_part
     from .imaging.pixels import to_images
 
+    paths, several = _numbered(a.output, len(grids)), len(grids) > 1
+    if len({grid.codes.shape for grid in grids}) > 1:  # each plan may choose a size
+        _decode_each(a, checkpoint, grids, options, paths)
+        return
     with _Bars() as on_step:
         latents = _decoder(a, checkpoint, grids, options, on_step).sample(grids, options, on_step)
         pixels = load_part(checkpoint, Part.VAE, _device(a), on_step).decode(latents, on_step)
-    for image, path in zip(to_images(pixels), _numbered(a.output, len(grids)), strict=True):
-        _save_picture(a, image, path, options)
+    for number, (image, path) in enumerate(zip(to_images(pixels), paths, strict=True), 1):
+        _save_picture(a, image, path, options, **({"picture": number} if several else {}))
 
 
 def _decoder(

@@ -24,8 +24,9 @@ from scripted import ScriptedNetwork
 from storyteller import TEXTS, codes, write_storyteller
 from synthetic import tiny
 
-from llada2_mlx import cli, commands, imaging, prompts
+from llada2_mlx import cli, commands, imaging, prompts, tasks
 from llada2_mlx.backbone.handle import Backbone
+from llada2_mlx.backbone.session import Report
 from llada2_mlx.checkpoint.codebook import origin
 from llada2_mlx.checkpoint.layout import BUILT_IN, Checkpoint, Part
 from llada2_mlx.imaging import engine
@@ -152,6 +153,22 @@ def test_a_plan_that_begins_no_picture(run) -> None:
     status, _, err = run("t2i", "a cat", "--thinking", "--thinking-length", "20", "--thinking-steps", "2")
     assert status == 1 and ("begins" in err or "began no picture" in err or "without beginning" in err)
     assert not list(Path().glob("*.png"))
+
+
+def test_plans_that_choose_several_sizes(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures are decoded one by one, each with the seed that it has in a batch."""
+    drawn = [VQGrid(np.arange(rows * 8).reshape(rows, 8), 256, origin(Checkpoint(tiny()))) for rows in (8, 10)]
+    sure = tuple(np.ones(grid.codes.shape, np.float32) for grid in drawn)
+    monkeypatch.setattr(tasks, "text_to_vq", lambda *_, **__: tasks.Drawing(tuple(drawn), Report(), sure))
+    words = ("--thinking", "--thinking-temperature", "1", "--pictures", "2", "--seed", "4", "--decoder-steps", "2")
+    status, out, err = run("t2i", "a cat", *words, "-o", "cat.png", "--codes", "cat.safetensors")
+    assert (status, out) == (0, "cat-1.png: 256 x 256 pixels\ncat-2.png: 256 x 320 pixels\n"), err
+    assert "made for drawing at 256 x 256 pixels, and this is 256 x 320" in err
+    for number, seed in ((1, "4"), (2, "5")):
+        assert run("decode", f"cat-{number}.safetensors", "--seed", seed, "--decoder-steps", "2")[0] == 0
+        with Image.open(f"cat-{number}.png") as together, Image.open("picture.png") as alone:
+            assert together.tobytes() == alone.tobytes()
+            assert json.loads(together.text["parameters"])["picture"] == number
 
 
 ASKED = "a fox & its <den>"
