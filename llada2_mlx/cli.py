@@ -152,7 +152,15 @@ def _parser() -> argparse.ArgumentParser:
         "picture that is changed",
     )
 
-    p = add(commands.t2i, sampling, guided, sprinting, to_file, decoding, in_engine)
+    confident = argparse.ArgumentParser(add_help=False)
+    confident.add_argument(
+        "--confidence",
+        type=FilePath,
+        metavar="FILE",
+        help="also write to this PNG file how sure the model was of each code, white: sure; as large as the picture",
+    )
+
+    p = add(commands.t2i, sampling, guided, sprinting, to_file, confident, decoding, in_engine)
     p.add_argument("prompt")
     p.add_argument("--width", type=int, default=0, help="pixels; 0: the model's own")
     p.add_argument("--height", type=int, default=0, help="pixels; 0: the model's own")
@@ -209,13 +217,18 @@ def _parser() -> argparse.ArgumentParser:
         "instruction (default: before)",
     )
 
-    p = add(commands.redraw, sampling, guided, to_file, decoding, in_engine, encoding, redrawing)
+    p = add(commands.redraw, sampling, guided, to_file, confident, decoding, in_engine, encoding, redrawing)
     p.add_argument("mask", type=FilePath, help="a picture of any size, white where the other is to be redrawn")
     p.add_argument("text")
+    p.add_argument(
+        "--invert-mask",
+        action="store_true",
+        help="the mask is black where the other is to be redrawn: so a file of --confidence is a mask of what is least certain",
+    )
     p.add_argument("--mask-threshold", type=float, default=0.1, help="the part of a code that has to be covered")
     p.add_argument("--mask-grow", type=int, default=0, help="codes by which the mask grows")
 
-    p = add(commands.grow, sampling, guided, to_file, decoding, in_engine, encoding, redrawing)
+    p = add(commands.grow, sampling, guided, to_file, confident, decoding, in_engine, encoding, redrawing)
     p.add_argument("text")
     for side in ("left", "top", "right", "bottom"):
         p.add_argument(f"--{side}", type=int, default=0, help="codes to add there")

@@ -74,8 +74,7 @@ def t2i(a: argparse.Namespace) -> None:
     prompts.require_text(a.prompt, "prompt")
     tasks.require_pictures(a.pictures)
     tasks.require_multiples(a.width, a.height)
-    for path in _numbered(a.output, a.pictures):
-        _writable(path, ".png")
+    _check_outputs(a, a.pictures)
     for path in _numbered(a.codes, a.pictures) if a.codes else ():
         _writable(path, ".safetensors")
     Guidance.simple(a.guidance, a.rescale)
@@ -96,6 +95,7 @@ def t2i(a: argparse.Namespace) -> None:
     if a.codes:
         for grid, path in zip(drawing.grids, _numbered(a.codes, a.pictures), strict=True):
             grid.save(path)
+    _save_confidence(a, drawing)
     backbone.unload()  # makes room for the decoder
     _decode(a, checkpoint, drawing.grids, options)
     _tell(drawing.report)
@@ -194,6 +194,7 @@ def redraw(a: argparse.Namespace) -> None:
     require_threshold(a.mask_threshold)
     require_growth(a.mask_grow)
     mask = np.asarray(_open(a.mask).convert("L")) / 255
+    mask = 1 - mask if a.invert_mask else mask
     tasks.require_covered(mask)
     covered = lambda height, width: grown(cells(mask, height, width, a.mask_threshold), a.mask_grow)
 
@@ -226,7 +227,7 @@ def _redraw(
     from .imaging.prepare import PATCH, Purpose, prepare_for
 
     prompts.require_text(a.text, "text")
-    _writable(a.output, ".png")
+    _check_outputs(a)
     tasks.redraw_guidance(SEEING[a.seeing], a.guidance, a.image_guidance, a.rescale)
     _check_encoding(a)
     options, sampling = _decode_options(a), _sampling(a)
@@ -246,6 +247,7 @@ def _redraw(
         guided = {"guidance": a.guidance, "image_guidance": a.image_guidance, "rescale": a.rescale}
         drawing = draw(backbone, grid, seeing=SEEING[a.seeing], **guided, sampling=sampling, on_step=on_step)
     _warn(checkpoint.image_sizes.doubt_grid("drawing", drawing.grid))
+    _save_confidence(a, drawing)
     backbone.unload()  # makes room for the decoder
     _decode(a, checkpoint, drawing.grids, options)
     _tell(drawing.report)
@@ -604,6 +606,19 @@ def _save_picture(a: argparse.Namespace, image: Image.Image, path: str, options:
     print(f"{path}: {image.width} x {image.height} pixels")
 
 
+def _save_confidence(a: argparse.Namespace, drawing: tasks.Drawing) -> None:
+    """Write how sure the model was of each code of each picture, as large as the picture is decoded."""
+    from .imaging.decoder import CODE_PIXELS
+    from .imaging.pixels import to_images, to_mask
+
+    if not a.confidence:
+        return
+    for certain, path in zip(drawing.confidence, _numbered(a.confidence, len(drawing.confidence)), strict=True):
+        (image,) = to_images(to_mask([certain], CODE_PIXELS * a.upscale)[..., None])
+        with replacing(Path(path)) as partial:
+            image.save(partial, format="PNG")
+
+
 def _parameters(a: argparse.Namespace) -> dict[str, object]:
     """What a command was told, for a picture that may be shown to others: of files and folders the names alone."""
 
@@ -638,6 +653,16 @@ def _open(path: str) -> Image.Image:
     except Exception as error:  # of a damaged file, Pillow raises whatever its readers raise
         raise RequestError(f"{path} cannot be read as a picture ({error}).") from None
     return image
+
+
+def _check_outputs(a: argparse.Namespace, count: int = 1) -> None:
+    """Say before the work that the pictures, or how sure the model was of them, cannot be written."""
+    for path in (*_numbered(a.output, count), *(_numbered(a.confidence, count) if a.confidence else ())):
+        _writable(path, ".png")
+    if a.confidence and os.path.abspath(a.confidence) == os.path.abspath(a.output):
+        raise RequestError(
+            f"The picture and its confidence would both be written to {a.output}. Choose another name for one of them."
+        )
 
 
 def _writable(path: str, suffix: str) -> None:

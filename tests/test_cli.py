@@ -131,6 +131,43 @@ def test_a_part_is_redrawn_and_a_picture_grows(run, tmp_path: Path) -> None:
         assert status == 1 and sentence in err
 
 
+def test_what_the_model_was_least_sure_of_is_redrawn(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the one command wrote and the other reads, and with no more than that."""
+    drawings = []
+    for name in ("text_to_vq", "redraw", "grow"):
+        task = getattr(tasks, name)
+        monkeypatch.setattr(tasks, name, lambda *a, _task=task, **b: (drawings.append(_task(*a, **b)), drawings[-1])[1])
+
+    def shown(path: str, certain: np.ndarray, pixels: int = 32) -> np.ndarray:
+        with Image.open(path) as image:
+            assert image.mode == "L" and image.size == tuple(pixels * side for side in certain.shape[::-1])
+            grey = np.asarray(image)
+        assert (grey == grey[::pixels, ::pixels].repeat(pixels, 0).repeat(pixels, 1)).all()
+        assert np.abs(grey[::pixels, ::pixels] / 255 - certain).max() < 0.5 / 255 + 1e-6
+        return grey[::pixels, ::pixels]
+
+    quick = ("--steps", "4", "--decoder-steps", "2")
+    assert run("t2i", "a cat", *quick, "--codes", "cat.safetensors", "--confidence", "sure.png")[0] == 0
+    (certain,) = drawings[-1].confidence
+    grey = shown("sure.png", certain)
+    assert len(np.unique(grey)) > 4
+    threshold = 1 - (np.median(grey) + 0.5) / 255
+    words = ("redraw", "cat.safetensors", "sure.png", "a cat", *quick, "--invert-mask", "--upscale", "1")
+    assert run(*words, "--mask-threshold", f"{threshold:.6f}", "--confidence", "again.png")[0] == 0
+    masked = drawings[-1].masked
+    assert (masked == (grey <= np.median(grey))).all() and 0 < masked.sum() < masked.size
+    assert certain[masked].max() <= certain[~masked].min()
+    assert (drawings[-1].grid.codes[~masked] == VQGrid.load("cat.safetensors").codes[~masked]).all()
+    assert (shown("again.png", drawings[-1].confidence[0], 16)[~masked] == 255).all()
+
+    assert run("grow", "cat.safetensors", "a cat", *quick, "--right", "2", "--confidence", "grown.png")[0] == 0
+    assert (shown("grown.png", drawings[-1].confidence[0])[:, :8] == 255).all()
+    wild = ("--temperature", "2", "--pictures", "2")
+    assert run("t2i", "a cat", *quick, *wild, "--confidence", "sure.png")[0] == 0
+    for number, each in enumerate(drawings[-1].confidence, 1):
+        shown(f"sure-{number}.png", each)
+
+
 # arguments that take any text and are no path; what is in neither list is a path without its type
 TEXTS_OF_ARGUMENTS = {"prompt", "question", "instruction", "text", "system", "device", "solver"}
 
@@ -476,6 +513,8 @@ GROW = ("grow", "cat.safetensors", "a dog", "--top", "2")
         (("t2i", "a cat", "--preset", "fast"), "is of the full decoder"),
         (("t2i", "a cat", "--device", "abacus"), "The device 'abacus' cannot be used"),
         (("t2i", "a cat", "--codes", "codes.png"), "has to end in .safetensors"),
+        (("t2i", "a cat", "--confidence", "sure.jpg"), "has to end in .png"),
+        (("t2i", "a cat", "-o", "fox.png", "--confidence", "./fox.png"), "would both be written to fox.png"),
         (("understand", "gone.png", "What is it?"), "no picture gone.png"),
         (("understand", "cat.png", "What is it?", "--with", "gone.png"), "no picture gone.png"),
         (("understand", "cat.png", "What is it?", "--sprint", "--keep-ratio", "7"), "keep ratio is 7"),
@@ -502,6 +541,7 @@ GROW = ("grow", "cat.safetensors", "a dog", "--top", "2")
         (("redraw", "cat.png", "gone.png", "a dog"), "no picture gone.png"),
         (("redraw", "cat.png", "empty.png", "a dog"), "covers no code"),
         (("redraw", "cat.safetensors", "dot.png", "a dog"), "covers no code"),
+        (("redraw", "cat.safetensors", "white.png", "a dog", "--invert-mask"), "covers no code"),
         ((*REDRAW, "--mask-grow", "-1"), "is to grow by -1 codes; it has to be from 0 to 64"),
         ((*REDRAW, "--mask-grow", "100000"), "is to grow by 100000 codes; it has to be from 0 to 64"),
         ((*REDRAW, "--mask-threshold", "-1"), "mask threshold is -1.0; it has to be from 0.01 to 1"),
@@ -516,6 +556,7 @@ GROW = ("grow", "cat.safetensors", "a dog", "--top", "2")
         (("grow", "gone.png", "a dog", "--top", "2"), "no picture gone.png"),
         ((*GROW, "--guidance", "-2"), "guidance scale is -2"),
         ((*GROW, "--steps", "0"), "steps is 0"),
+        ((*GROW, "--confidence", "nowhere/sure.png"), "its folder has to exist"),
         (("story", "a cat", "--pictures", "0"), "story of 0 pictures"),
         (("story", "a cat", "--text-length", "0"), "The text may have 0 tokens"),
         (("story", "a cat", "--text-steps", "0"), "steps is 0"),
@@ -545,7 +586,7 @@ def test_what_is_wrong_with_the_words_is_said_before_a_model_is_fetched(
     monkeypatch.setattr(commands, "_resolve", lambda *_, **__: pytest.fail("the model would be downloaded"))
     noise(64, 64).save("cat.png")
     VQGrid(np.arange(64).reshape(8, 8), 256).save("cat.safetensors")
-    for name, side in (("mask", 64), ("dot", 1), ("empty", 0)):
+    for name, side in (("mask", 32), ("dot", 1), ("empty", 0), ("white", 64)):
         mask = Image.new("L", (64, 64))
         mask.paste(255, (0, 0, side, side))
         mask.save(f"{name}.png")
