@@ -189,27 +189,28 @@ def redraw(a: argparse.Namespace) -> None:
     import numpy as np
 
     from . import tasks
-    from .grids import cells, grown, require_growth, require_threshold
+    from .grids import cells, grown, require_covered, require_growth, require_threshold
 
     require_threshold(a.mask_threshold)
     require_growth(a.mask_grow)
     mask = np.asarray(_open(a.mask).convert("L")) / 255
     mask = 1 - mask if a.invert_mask else mask
-    tasks.require_covered(mask)
+    require_covered([mask])
     covered = lambda height, width: grown(cells(mask, height, width, a.mask_threshold), a.mask_grow)
 
     def draw(backbone: Backbone, grid: VQGrid, **options: object) -> tasks.Drawing:
         return tasks.redraw(backbone, grid, covered(grid.height, grid.width), a.text, **options)
 
-    _redraw(a, draw, lambda height, width: tasks.require_covered(covered(height, width)))
+    _redraw(a, draw, lambda height, width: require_covered([covered(height, width)]))
 
 
 def grow(a: argparse.Namespace) -> None:
     """Draw what is around a picture. All of its codes are kept."""
     from . import tasks
+    from .grids import require_added
 
     sides = {"left": a.left, "top": a.top, "right": a.right, "bottom": a.bottom}
-    tasks.require_added(**sides)
+    require_added(**sides)
     _redraw(a, lambda backbone, grid, **options: tasks.grow(backbone, grid, a.text, **sides, **options))
 
 

@@ -177,6 +177,20 @@ def require_growth(by: int) -> None:
         raise RequestError(f"The mask is to grow by {by} codes; it has to be from 0 to {MOST_GROWN}.")
 
 
+def require_added(left: int, top: int, right: int, bottom: int) -> None:
+    """Raise ``RequestError`` unless codes are to be added on at least one side, and taken away on none."""
+    if min(left, top, right, bottom) < 0 or not left + top + right + bottom:
+        raise RequestError("Nothing is to be added. Say how many codes the picture grows by on at least one side.")
+
+
+def require_covered(masks: Sequence[np.ndarray]) -> None:
+    """Raise ``RequestError`` if one of the masks, of any size and one for each picture, covers nothing."""
+    for number, mask in enumerate(masks, 1):
+        if not np.any(mask):
+            of = f" of picture {number}" if len(masks) > 1 else ""
+            raise RequestError(f"The mask{of} covers no code. Paint over what is to be redrawn.")
+
+
 def _shares(length: int, kept: float, parts: int) -> np.ndarray:
     """[parts, length]: the share of each of ``length`` pixels in each of the equal ``parts`` of the middle, ``kept`` pixels."""
     begins, pixels = (length - kept) / 2 + np.arange(parts)[:, None] * (kept / parts), np.arange(length)[None]

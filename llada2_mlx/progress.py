@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +33,26 @@ OnStep = Callable[[Progress], None]
 
 def ignore(progress: Progress) -> None:
     """An ``OnStep`` that does nothing."""
+
+
+class Pace:
+    """Says when a person is to be shown something again.
+
+    Args:
+        interval: seconds that have to pass.
+        clock: gives the time in seconds.
+    """
+
+    def __init__(self, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval, self._clock, self._last = interval, clock, -math.inf
+
+    def due(self, at_once: bool = False) -> bool:
+        """Whether so much time has passed since it was due before; with ``at_once`` it is in any case."""
+        now = self._clock()
+        if not at_once and now - self._last < self._interval:
+            return False
+        self._last = now
+        return True
 
 
 def amount(size: int) -> str:

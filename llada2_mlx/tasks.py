@@ -31,6 +31,7 @@ from .backbone.working import Batch
 from .checkpoint.codebook import origin, require_same
 from .checkpoint.sizes import DECODED_PIXELS, DEFAULT_DRAWING
 from .errors import RequestError
+from .grids import require_added, require_covered
 from .progress import OnStep, Progress, ignore
 from .prompts import Seeing
 from .tokens import Tokens
@@ -178,6 +179,28 @@ def text_to_vq(
     )
 
 
+def of_one_size(drawing: Drawing, seed: int) -> Drawing:
+    """The pictures that have the size of the first; a warning says of each other one how to draw it alone.
+
+    Args:
+        seed: of the first picture.
+    """
+    shape = drawing.grids[0].codes.shape
+    kept = [index for index, grid in enumerate(drawing.grids) if grid.codes.shape == shape]
+    left_out = tuple(
+        f"Picture {index + 1} is left out: its plan chose {_pixels(grid.codes.shape)}, and the pictures of a batch have one "
+        f"size, that of the first, {_pixels(shape)}. Draw it alone with seed {picture_seed(seed, index)}."
+        for index, grid in enumerate(drawing.grids)
+        if index not in kept
+    )
+    return replace(
+        drawing,
+        grids=tuple(drawing.grids[index] for index in kept),
+        confidence=tuple(drawing.confidence[index] for index in kept),
+        warnings=drawing.warnings + left_out,
+    )
+
+
 def edit(
     backbone: Backbone,
     pictures: Pictures,
@@ -243,7 +266,7 @@ def redraw(
     """
     if np.shape(masked) != grid.codes.shape:
         raise RequestError(f"A mask of {list(np.shape(masked))} codes does not fit {grid}.")
-    require_covered(masked)
+    require_covered([masked])
     how = {"sampling": sampling, "method": method, "on_step": on_step, "on_codes": on_codes}
     return _redraw(backbone, grid, grid, masked, text, seeing, guidance, image_guidance, rescale, **how)
 
@@ -323,18 +346,6 @@ def require_pictures(pictures: int) -> None:
     """Raise ``RequestError`` unless 1 to ``MOST_PICTURES`` pictures are to be drawn together."""
     if not 1 <= pictures <= MOST_PICTURES:
         raise RequestError(f"{pictures} pictures are asked for; it has to be from 1 to {MOST_PICTURES}.")
-
-
-def require_covered(masked: np.ndarray) -> None:
-    """Raise ``RequestError`` if a mask, of any shape and type, covers nothing."""
-    if not np.any(masked):
-        raise RequestError("The mask covers no code. Paint over what is to be redrawn.")
-
-
-def require_added(left: int, top: int, right: int, bottom: int) -> None:
-    """Raise ``RequestError`` unless codes are to be added on at least one side, and taken away on none."""
-    if min(left, top, right, bottom) < 0 or not left + top + right + bottom:
-        raise RequestError("Nothing is to be added. Say how many codes the picture grows by on at least one side.")
 
 
 def require_multiples(width: int, height: int) -> None:
@@ -593,7 +604,10 @@ def _no_picture(ended: bool, length: int) -> str:
 
 
 def _other_size(size: tuple[int, int], chosen: tuple[int, int] | None) -> str:
-    pixels = lambda size: f"{size[1] * DECODED_PIXELS} x {size[0] * DECODED_PIXELS} pixels"
     if chosen is None:
-        return f"The model stated no size after thinking; the picture has the {pixels(size)} asked for."
-    return f"The model chose {pixels(chosen)} in place of the {pixels(size)} asked for."
+        return f"The model stated no size after thinking; the picture has the {_pixels(size)} asked for."
+    return f"The model chose {_pixels(chosen)} in place of the {_pixels(size)} asked for."
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[1] * DECODED_PIXELS} x {size[0] * DECODED_PIXELS} pixels"

@@ -151,6 +151,7 @@ class LLaDA2TextToVQ(io.ComfyNode):
             sprint=sprint,
             pictures=batch_size,
         )
+        drawing = tasks.of_one_size(drawing, seed)
         host.warn(*drawing.warnings)
         if drawing.reasoning:
             show(drawing.reasoning, final=True)

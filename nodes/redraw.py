@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..llada2_mlx import prompts
 from ..llada2_mlx.checkpoint.codebook import doubt
 from ..llada2_mlx.checkpoint.sizes import DECODED_PIXELS
-from ..llada2_mlx.grids import LEAST_THRESHOLD, MOST_GROWN, MOST_THRESHOLD, grown
+from ..llada2_mlx.grids import LEAST_THRESHOLD, MOST_GROWN, MOST_THRESHOLD, grown, require_added, require_covered
 from ..llada2_mlx.vq import picture_seed
 from . import host
 from .sockets import (
@@ -118,7 +118,8 @@ class LLaDA2Redraw(io.ComfyNode):
 
     @classmethod
     @host.explains
-    def check_lazy_status(cls, backbone, text: str, vq=None, **_) -> list[str]:
+    def check_lazy_status(cls, backbone, text: str, mask, vq=None, **_) -> list[str]:
+        require_covered([(mask > 0).cpu().numpy()])  # what is missing is often that nothing was painted
         return host.wanted_picture(cls.hidden.dynprompt, backbone, vq, text, "text")
 
     @classmethod
@@ -128,6 +129,7 @@ class LLaDA2Redraw(io.ComfyNode):
         from ..llada2_mlx.imaging.pixels import to_cells
 
         masks = [grown(cells, mask_grow) for cells in to_cells(mask, vq, mask_threshold)]
+        require_covered(masks)
         redraw = lambda grid, cells, **options: tasks.redraw(backbone, grid, cells, text, **options)
         return _drawn(backbone, vq, masks, text, seeing, redraw, **how)
 
@@ -168,7 +170,8 @@ class LLaDA2Grow(io.ComfyNode):
 
     @classmethod
     @host.explains
-    def check_lazy_status(cls, backbone, text: str, vq=None, **_) -> list[str]:
+    def check_lazy_status(cls, backbone, text: str, left, top, right, bottom, vq=None, **_) -> list[str]:
+        require_added(left, top, right, bottom)
         return host.wanted_picture(cls.hidden.dynprompt, backbone, vq, text, "text")
 
     @classmethod

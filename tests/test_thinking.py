@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from scripted import scripted
@@ -113,6 +114,27 @@ def test_nothing_is_computed_twice(backbone: Backbone, sprint: Sprint | None) ->
     # the picture's second and third block take along the one before; SPRINT reads the shorter prompt's missing head
     assert drawing.report.positions == reading + 32 * written + 2 * 32 * (drawn + 2) + (sprint is not None)
     assert drawing.report.steps == written + drawn
+
+
+def test_pictures_of_one_size_are_kept_and_the_others_are_told_of(
+    fresh: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, widths, drawings = fresh.tokens, (8, 10, 8, 12), []
+    for width in widths:
+        script = [*tokens.encode(PLAN), *tokens.header(8, width), *tokens.codes_to_ids([width] * 100)]
+        drawings.append(think(fresh, script, monkeypatch))
+    (first, *others) = drawings
+    mixed = replace(
+        first,
+        grids=tuple(drawing.grid for drawing in drawings),
+        confidence=tuple(drawing.confidence[0] for drawing in drawings),
+    )
+    kept = tasks.of_one_size(mixed, 5)
+    assert kept.grids == (first.grid, others[1].grid)
+    assert [each.shape for each in kept.confidence] == [(8, 8), (8, 8)]
+    assert len(kept.warnings) == 2 and "Picture 2" in kept.warnings[0] and "320 x 256" in kept.warnings[0]
+    assert "Picture 4" in kept.warnings[1] and kept.warnings[1].endswith("Draw it alone with seed 8.")
+    assert tasks.of_one_size(first, 5) == first
 
 
 def test_pictures_with_plans_of_their_own(backbone: Backbone) -> None:

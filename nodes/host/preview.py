@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -17,10 +16,11 @@ from PIL import Image, ImageOps
 from ...llada2_mlx.checkpoint.layout import Checkpoint, Part
 from ...llada2_mlx.errors import LLaDA2Error
 from ...llada2_mlx.imaging.look import look, palette
+from ...llada2_mlx.progress import Pace
 from .folders import local_checkpoint
 from .progress import progress
 
-_INTERVAL = 0.1  # seconds between two pictures
+_INTERVAL = 0.125  # seconds between two pictures: with one that is finished, which is shown at once, ten a second
 _SIDE, _LARGEST_CELL = 512, 32  # pixels of a picture, and of a code, at most
 
 
@@ -34,12 +34,13 @@ def appearing(model: str, on_step: progress) -> Callable[[np.ndarray, np.ndarray
         colours = None if found is None else palette(found)
     except LLaDA2Error:
         return None
-    last = 0.0
+    pace, finished = Pace(_INTERVAL), False
 
     def show(codes: np.ndarray, masked: np.ndarray) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _INTERVAL or not masked.any():
-            last = time.monotonic()
+        nonlocal finished
+        before, finished = finished, not masked.any()
+        # the first of a batch may be finished long before the others
+        if not (before and finished) and pace.due(at_once=finished):
             scale = max(1, min(_LARGEST_CELL, _SIDE // max(codes.shape)))
             on_step.preview(Image.fromarray(look(codes, colours, masked, scale)))
 
@@ -48,12 +49,10 @@ def appearing(model: str, on_step: progress) -> Callable[[np.ndarray, np.ndarray
 
 def appearing_latent(found: Checkpoint, on_step: progress) -> Callable[[torch.Tensor], None]:
     """For a decoder's ``on_latent``: shows what is seen of the picture, at most ten times a second."""
-    previewer, last = Latent2RGBPreviewer(*latent_colours(found)), 0.0
+    previewer, pace = Latent2RGBPreviewer(*latent_colours(found)), Pace(_INTERVAL)
 
     def show(latent: torch.Tensor) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _INTERVAL:
-            last = time.monotonic()
+        if pace.due():
             small = previewer.decode_latent_to_preview(latent.movedim(1, 0))
             scale = max(1, _SIDE // max(small.size))  # the canvas shows a picture no larger than it is
             on_step.preview(small.resize([scale * side for side in small.size], Image.Resampling.BILINEAR))

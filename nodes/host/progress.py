@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from comfy.utils import ProgressBar
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ...llada2_mlx.progress import amount
+from ...llada2_mlx.progress import Pace, amount
 from ...llada2_mlx.vq import GridSet, Pictures, VQGrid, picture_seed
 from ...llada2_mlx.vq import readings as vq_readings
 from .dependencies import explains_imports
@@ -64,12 +63,10 @@ def progress_text(passing: bool = False) -> Callable[..., None]:
     Args:
         passing: the text is of no use when its phase is over.
     """
-    last = 0.0
+    pace = Pace(_TEXT_INTERVAL)
 
     def show(text: str, final: bool = False) -> None:
-        nonlocal last
-        if final or time.monotonic() - last >= _TEXT_INTERVAL:
-            last = time.monotonic()
+        if pace.due(at_once=final):
             _shown.write(text, passing)
 
     return show

@@ -141,6 +141,36 @@ def test_codes_appear_while_they_are_drawn(comfy: Comfy, unique: str) -> None:
     assert grey == sorted(grey, reverse=True) and grey[0] > grey[-1] == 0  # cells that are still to be drawn
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "sizes"),
+    [
+        ("edit_a_picture", "LLaDA2Edit", (256, 256)),
+        ("redraw_a_part", "LLaDA2Redraw", (256, 256)),
+        ("grow_a_picture", "LLaDA2Grow", (256, 256)),
+    ],
+)
+def test_codes_appear_while_a_picture_is_changed(comfy: Comfy, name: str, kind: str, sizes: tuple[int, int]) -> None:
+    prompt = workflow(name)
+    (node,) = (number for number, each in prompt.items() if each["class_type"] == kind)
+    prompt[node]["inputs"] |= {"steps": 32, "threshold": 1.0, "seed": 77}
+    run = ran(comfy.run(prompt))
+    shown = [picture for at, picture in run.previews if at == node]
+    assert 2 <= len(shown) and {picture.size for picture in shown} == {sizes}
+    grey = [_masked(picture) for picture in shown]
+    assert grey == sorted(grey, reverse=True) and grey[0] > grey[-1] == 0
+
+
+def test_a_plan_grows_on_the_node(comfy: Comfy, unique: str) -> None:
+    prompt = workflow("text_to_image_thinking", **{"2": {"prompt": unique, "threshold": 1.0}})
+    prompt["90"] = {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}}
+    run = ran(comfy.run(prompt))
+    (plan,) = run.outputs["90"]["text"]
+    texts = list(dict.fromkeys(text for node, text in run.texts if node == "2"))
+    assert plan and plan in texts[-1]
+    growing = [text for text in texts[:-1] if "…" in text]
+    assert len(growing) >= 2 and not any(plan in text for text in growing)
+
+
 def _masked(picture: Image.Image) -> int:
     """Cells with the two greys that a cell which is to be drawn is hatched in."""
     cells = [picture.crop((x, y, x + 32, y + 32)) for x in range(0, 256, 32) for y in range(0, 256, 32)]

@@ -45,13 +45,28 @@ def test_the_mask_grows_by_codes(comfy: Comfy) -> None:
         ({"8": {"text": " "}}, "The text is empty"),
     ],
 )
-def test_what_cannot_be_redrawn_is_a_sentence(comfy: Comfy, inputs: dict, sentence: str) -> None:
-    prompt = workflow("redraw_a_part", **inputs)
+def test_what_cannot_be_redrawn_is_a_sentence(comfy: Comfy, unique: str, inputs: dict, sentence: str) -> None:
+    prompt = workflow("redraw_a_part", **inputs, **{"2": {"prompt": unique}})
+    del prompt["11"]  # which has nothing to do with it
+    prompt["10"]["inputs"]["destination"] = ["9", 0]
     if "8" in inputs:
-        del prompt["11"]  # which has nothing to do with it
         assert sentence in comfy.refused(prompt)
     else:
-        assert sentence in failed(comfy.run(prompt), "8")
+        run = comfy.run(prompt)
+        assert sentence in failed(run, "8") and "2" not in run.executed  # no picture was made
+
+
+def test_an_empty_mask_of_a_batch_is_told_before_the_first_picture_is_redrawn(comfy: Comfy) -> None:
+    prompt = workflow("redraw_a_part", **{"8": {"vq": ["2", 0]}, "2": {"batch_size": 2}})
+    prompt["20"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 64, "height": 64}}
+    for number, mask in (("21", ["7", 0]), ("22", ["20", 0])):
+        prompt[number] = {"class_type": "MaskToImage", "inputs": {"mask": mask}}
+    prompt["23"] = {"class_type": "ImageBatch", "inputs": {"image1": ["21", 0], "image2": ["22", 0]}}
+    prompt["24"] = {"class_type": "ImageToMask", "inputs": {"image": ["23", 0], "channel": "red"}}
+    prompt["8"]["inputs"]["mask"] = ["24", 0]
+    run = comfy.run(prompt)
+    assert "The mask of picture 2 covers no code" in failed(run, "8")
+    assert not [event for event in run.progress if event["node"] == "8" and event["value"]]
 
 
 def test_a_mask_of_everything_and_of_another_size(comfy: Comfy) -> None:
@@ -89,8 +104,11 @@ def test_a_picture_grows(comfy: Comfy) -> None:
     assert image.size == (256, 256) and layout_of(image) == DRAWN
 
 
-def test_growing_by_nothing_or_to_a_size_without_a_token_is_a_sentence(comfy: Comfy) -> None:
-    assert "Nothing is to be added" in failed(comfy.run(workflow("grow_a_picture", **{"4": {"right": 0}})), "4")
+def test_growing_by_nothing_or_to_a_size_without_a_token_is_a_sentence(comfy: Comfy, unique: str) -> None:
+    nothing = workflow("grow_a_picture", **{"2": {"prompt": unique}, "4": {"right": 0}})
+    del nothing["5"]  # which can run
+    run = comfy.run(nothing)
+    assert "Nothing is to be added" in failed(run, "4") and "2" not in run.executed  # no picture was made
     assert "has no size tokens" in failed(comfy.run(workflow("grow_a_picture", **{"4": {"right": 3}})), "4")
 
 
