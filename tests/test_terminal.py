@@ -57,6 +57,16 @@ def test_a_conversation_in_a_pipe(talk) -> None:
     assert out.startswith(f"{shown}\n") and len(out) > len(shown) + 1
 
 
+def test_sprint_is_used_in_every_turn(talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, reply = [], chat.reply
+    monkeypatch.setattr(
+        chat, "reply", lambda *words, sprint, **rest: used.append(sprint) or reply(*words, sprint=sprint, **rest)
+    )
+    assert talk("Who?\nWhere?\n", "--sprint", "--keep-ratio", "0.3", "--warm-up", "1")[0] == 0
+    assert [(each.keep_ratio, each.warm_up) for each in used] == [(0.3, 1)] * 2
+    assert talk("Who?\n")[0] == 0 and used[-1] is None
+
+
 def test_pictures_are_shown_with_what_is_said_next(talk) -> None:
     lines = "/image one.png\nWhat is it?\nAnd?\n/image one.png\n/image 'the second.png'\nWhich?\n"
     status, _, err, calls = talk(lines)

@@ -73,6 +73,20 @@ def test_a_turn_is_the_same_after_everything_was_let_go(comfy: Comfy) -> None:
     assert said(run) == first and "10" in run.cached and "11" in run.executed
 
 
+def test_a_turn_with_sprint_looks_at_less(comfy: Comfy) -> None:
+    """With random weights another answer shows that less was looked at."""
+    least = {"keep_ratio": 0.0, "warm_up": 1, "alpha": 1.0, "text_keep_ratio": 0.0, "image_keep_ratio": 0.0}
+    answers = []
+    for ratio in (None, 0.0):
+        prompt = talk("Tell me of the sea, of the wind and of all that lives there.", steps=8)
+        if ratio is not None:
+            prompt["10"]["inputs"]["sprint"] = ["8", 0]
+            inputs = least | {"keep_ratio": ratio, "remasking": "low confidence"}
+            prompt["8"] = {"class_type": "LLaDA2Sprint", "inputs": inputs}
+        answers.append(said(comfy.run(prompt)))
+    assert answers[0] != answers[1]
+
+
 def test_two_turns_go_on_from_the_same_one(comfy: Comfy) -> None:
     alone = [said(comfy.run(talk("Tell me something.", message))) for message in ("One?", "Two, please.")]
     prompt = talk("Tell me something.", "One?", seed=3)
